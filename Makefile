@@ -1,0 +1,26 @@
+# Needs Python (3.10 to 3.13) and make. `make PYTHON=python3.12 test` takes another interpreter.
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt torch
+	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) -m hydrasurgery.cli demo --out runs/demo $(ARGS)
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	cd $(VENV) && bin/python -m mypy -p hydrasurgery
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,147 @@
+"""The best linear stand-in of each softmax head: its decay, write strength and scale, and what it leaves unexplained.
+
+Selection reads the error that is left (a head that converts badly is better kept); transfer starts from the fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hydrasurgery.layers import l2_norm
+from hydrasurgery.regions import ATTENTION, head_taps
+
+HALF_LIVES = (4.0, 16.0, 64.0, 256.0, 1024.0)  # tokens
+BETAS = (0.1, 0.25)
+
+Visit = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """The calibrated stand-in of H heads, all [H] fp32 on the heads' device.
+
+    Attributes:
+        half_life: Tokens after which the state has faded to half; inf for a rule without decay.
+        beta: Write strength in (0, 1]; 1 for a rule without one.
+        gamma: Scale of the normalised output, gamma * RMSNorm(o).
+        error: |o - gamma o^|^2 / |o|^2, from 0 (exact) to 1 (nothing explained).
+    """
+
+    half_life: Tensor
+    beta: Tensor
+    gamma: Tensor
+    error: Tensor
+
+
+@torch.no_grad()
+def fit_linear_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    *,
+    rule: str = "gated_delta",
+    half_lives: Sequence[float] = HALF_LIVES,
+    betas: Sequence[float] = BETAS,
+    eps: float = 1e-6,
+) -> LinearFit:
+    """Fit a linear-attention head to each softmax head (paper section 5).
+
+    For each half-life and beta of the grid, o^ = RMSNorm(linear_attention(q / |q|, k / |k|, v)) with constant gates,
+    gamma = <o, o^> / <o^, o^> over all batches, tokens and channels, error = |o - gamma o^|^2 / |o|^2; each head takes
+    the pair with the smallest error, the first of equals.
+
+    Args:
+        q, k, v: [B, H, T, K], [B, H, T, K], [B, H, T, V] as the softmax attention got them (rotated, after q/k-norm).
+            k and v may have fewer heads than q; each then serves as many query heads as there are to one.
+        o: [B, T, H, V], the softmax heads' outputs.
+        rule: linear, gated, delta or gated_delta. Rules without decay ignore `half_lives`, without beta `betas`.
+        eps: Of the RMSNorm.
+    """
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(1, 2).float() for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+    q, k, o = l2_norm(q), l2_norm(k), o.float()
+    gated, writes = "gated" in rule, "delta" in rule
+    grid = list(product(half_lives if gated else (math.inf,), betas if writes else (1.0,)))
+    power = _per_head(o, o)
+    gammas, errors = [], []
+    for half_life, beta in grid:
+        constant = q.new_ones(q.shape[:3])
+        decay = constant * (-math.log(2) / half_life) if gated else None
+        out, _ = torch.ops.hydra.linear_attention(q, k, v, decay, constant * beta if writes else None, None, rule=rule)
+        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps)
+        gamma = _per_head(o, out) / _per_head(out, out).clamp_min(torch.finfo(out.dtype).tiny)
+        gammas.append(gamma)
+        residual = o - gamma[:, None] * out
+        errors.append(torch.where(power > 0, _per_head(residual, residual) / power, 0.0))
+    error, best = torch.stack(errors).min(0)
+    settings = torch.tensor(grid, dtype=torch.float, device=q.device)[best]
+    gamma = torch.stack(gammas).gather(0, best[None])[0]
+    return LinearFit(settings[:, 0], settings[:, 1], gamma, error)
+
+
+def _per_head(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products [B, T, H, V], [B, T, H, V] -> [H]."""
+    return (a * b).sum((0, 1, 3))
+
+
+def fit_model(model: nn.Module, input_ids: Tensor, **options: Any) -> dict[str, LinearFit]:
+    """Fit the heads of every attention layer of a teacher on `input_ids` [B, T] (no padding), one layer at a time.
+
+    Options are those of `fit_linear_heads`. The model is run once, as it is, without gradients.
+    """
+    fits: dict[str, LinearFit] = {}
+
+    def visit(name: str, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
+        fits[name] = fit_linear_heads(q, k, v, o, **options)
+
+    with torch.no_grad(), watch_heads(model, visit):
+        run_model(model, input_ids)
+    return fits
+
+
+def run_model(model: nn.Module, input_ids: Tensor, **kwargs: Any) -> Any:
+    """Call a decoder on `input_ids` on its own device, without a cache where it knows of one."""
+    if hasattr(model, "config"):
+        kwargs = {"use_cache": False, **kwargs}
+    return model(input_ids.to(next(model.parameters()).device), **kwargs)
+
+
+@contextmanager
+def watch_heads(model: nn.Module, visit: Visit) -> Iterator[None]:
+    """While the block lasts, every layer that runs calls visit(name, q, k, v, o).
+
+    q [B, H, T, K], k and v [B, Hk, T, K or V] as the attention op got them (rotated), o [B, T, H, V].
+    """
+    with head_taps(model) as taps, _LastAttention() as last:
+        handles = [
+            tap.register_forward_hook(lambda _tap, _args, out, name=name: visit(name, last.q, last.k, last.v, out))
+            for name, tap in taps.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _LastAttention(TorchDispatchMode):
+    """Remembers q, k and v of the latest `hydra::attention`; a layer's tap runs right behind it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ATTENTION:
+            self.q, self.k, self.v = args[:3]
+        return func(*args, **(kwargs or {}))

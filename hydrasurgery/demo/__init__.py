@@ -1,0 +1,1 @@
+"""A miniature teacher that retrieves, and what it was trained on."""

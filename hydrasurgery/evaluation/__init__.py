@@ -1,0 +1,35 @@
+"""Tasks with known answers and what a model scores on them; used by scoring, transfer and the command line."""
+
+from hydrasurgery.evaluation.metrics import evaluate, evaluating, kl_to_teacher, perplexity, recall
+from hydrasurgery.evaluation.tasks import (
+    KEY_TOKENS,
+    VALUE_TOKENS,
+    Pair,
+    TaskBatch,
+    dense_recall,
+    has_symbols,
+    needle_pairs,
+    needles,
+    plain_text,
+)
+from hydrasurgery.evaluation.text import encode_text, library_text, load_text
+
+__all__ = [
+    "KEY_TOKENS",
+    "VALUE_TOKENS",
+    "Pair",
+    "TaskBatch",
+    "dense_recall",
+    "encode_text",
+    "evaluate",
+    "evaluating",
+    "has_symbols",
+    "kl_to_teacher",
+    "library_text",
+    "load_text",
+    "needle_pairs",
+    "needles",
+    "perplexity",
+    "plain_text",
+    "recall",
+]

@@ -1,0 +1,229 @@
+"""What a model still knows: exact recall, perplexity and divergence from its teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from hydrasurgery.errors import DataError, SequenceLengthError
+from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, has_symbols, needles, plain_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MEMORY_BYTES = 2**30
+
+
+@torch.no_grad()
+def recall(model: nn.Module, batch: TaskBatch, *, memory_bytes: int = MEMORY_BYTES) -> float:
+    """Share of questions whose whole answer is right: every token's argmax, given the true tokens before it.
+
+    Args:
+        model: a causal language model; left in the modes (train or eval) it came in.
+        batch: from `needles` or `dense_recall`.
+        memory_bytes: bound on one forward's fp32 logits (held for a model that takes `logits_to_keep`, as
+            transformers' do; for others at least one sequence's logits are made).
+
+    Raises:
+        DataError: the batch asks nothing.
+        SequenceLengthError: the batch is longer than the model's position limit.
+    """
+    rows, questions, tokens = batch.answer_positions.shape
+    if not rows * questions * tokens:
+        raise DataError(f"recall: a {batch.task!r} batch asks no question; make one with `needles` or `dense_recall`")
+    positions = batch.answer_positions.flatten(1)
+    asked = torch.zeros(batch.input_ids.shape, dtype=torch.bool).scatter_(1, positions, True)
+    guesses = torch.full_like(batch.input_ids, -1)
+    for chunk, places, (logits,) in _logits([model], batch.input_ids, asked.any(0).nonzero().flatten(), memory_bytes):
+        guesses[chunk, places] = logits.argmax(-1).cpu()
+    right = guesses.gather(1, positions) == batch.input_ids.gather(1, positions + 1)
+    return right.view(rows, questions, tokens).all(-1).double().mean().item()
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, token_ids: Tensor, *, window: int = 512, memory_bytes: int = MEMORY_BYTES) -> float:
+    """exp of the mean negative log-likelihood, every token but each sequence's first.
+
+    Args:
+        token_ids: [B, T], or [N], which is cut into windows of `window` tokens (a shorter rest is left out, unless
+            it is all there is).
+        memory_bytes: as in `recall`.
+
+    Raises:
+        DataError: fewer than two tokens.
+        SequenceLengthError: a sequence is longer than the model's position limit.
+    """
+    ids = _windows(token_ids, window)
+    total = 0.0
+    for chunk, places, (logits,) in _logits([model], ids, torch.arange(ids.shape[1] - 1), memory_bytes):
+        targets = ids[chunk, places + 1].to(logits.device)
+        chosen = logits.float().log_softmax(-1).gather(-1, targets[..., None])
+        total -= chosen.double().sum().item()
+    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+@torch.no_grad()
+def kl_to_teacher(
+    student: nn.Module, teacher: nn.Module, input_ids: Tensor, *, memory_bytes: int = MEMORY_BYTES
+) -> float:
+    """KL(teacher || student) of the next token's distribution, in nats, the mean over all B * T positions.
+
+    Args:
+        input_ids: [B, T], no padding.
+        memory_bytes: as in `recall`, for each of the two models.
+
+    Raises:
+        SequenceLengthError: T is more than either model's position limit.
+    """
+    total = 0.0
+    for _, _, (wanted, got) in _logits([teacher, student], input_ids, torch.arange(input_ids.shape[1]), memory_bytes):
+        target = wanted.float().to(got.device).log_softmax(-1)
+        total += (target.exp() * (target - got.float().log_softmax(-1))).double().sum().item()
+    return total / input_ids.numel()
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int] = (256, 512, 1024),
+    *,
+    count: int = 32,
+    seed: int = 0,
+    num_keys: int = 4,
+    text_ids: Tensor | None = None,
+    teacher: nn.Module | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Measure a model at several lengths, with a progress bar on standard error.
+
+    Args:
+        count: sequences a task and length.
+        num_keys: facts in a needle sequence.
+        text_ids: [N] text to hide needles in and to take perplexity of; by default as in `needles`.
+        teacher: if given, the divergence from it is measured too, over the sequences of all tasks.
+
+    Returns:
+        {"needles": {"256": 1.0, ...}, "dense": {...}, "perplexity": {...}, "kl": {...}, "chance": {"needles": ...}};
+        "dense" only for a tokenizer with the demo's tokens, "kl" only with a teacher.
+
+    Raises:
+        SequenceLengthError: a length is more than the model's position limit (before anything is measured).
+    """
+    for length in lengths:
+        _check_length([m for m in (model, teacher) if m is not None], length)
+    makers: dict[str, Callable[[int], TaskBatch]] = {
+        "needles": lambda n: needles(tokenizer, n, count, seed, num_keys=num_keys, text_ids=text_ids)
+    }
+    if has_symbols(tokenizer):
+        makers["dense"] = lambda n: dense_recall(tokenizer, n, count, seed, text_ids=text_ids)
+    makers["perplexity"] = lambda n: plain_text(tokenizer, n, count, seed, text_ids=text_ids)
+    results: dict[str, dict[str, float]] = {name: {} for name in makers} | {"chance": {}}
+    divergence: dict[str, list[float]] = {}
+    with _bar(progress) as bar:
+        task = bar.add_task("evaluate", total=len(makers) * len(lengths), note="")
+        for length in lengths:
+            for name, make in makers.items():
+                batch = make(length)
+                if name == "perplexity":
+                    value = perplexity(model, batch.input_ids, memory_bytes=memory_bytes)
+                else:
+                    value = recall(model, batch, memory_bytes=memory_bytes)
+                    results["chance"][name] = batch.chance
+                if teacher is not None:
+                    loss = kl_to_teacher(model, teacher, batch.input_ids, memory_bytes=memory_bytes)
+                    divergence.setdefault(str(length), []).append(loss)
+                results[name][str(length)] = value
+                bar.update(task, advance=1, note=f"{name} at {length}: {value:.3f}")
+    if teacher is not None:
+        results["kl"] = {length: sum(values) / len(values) for length, values in divergence.items()}
+    return results
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside the block, and each back in its own mode after it."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _logits(
+    models: Sequence[nn.Module], input_ids: Tensor, positions: Tensor, memory_bytes: int
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """Yield (rows, positions, logits [rows, positions, V] of each model), every yield's fp32 logits within the bound.
+
+    Where one sequence's logits are too large (32K tokens of a 150K vocabulary are 20 GB) the forward is repeated for
+    each slice of positions: slower, and the only way that leaves the model's own head (scaling, softcap) in charge.
+    """
+    _check_length(models, input_ids.shape[1])
+    per_position = 4 * max(_vocabulary(m) for m in models)
+    rows = max(1, memory_bytes // (per_position * len(positions)))
+    sliced = all(_takes(m, "logits_to_keep") for m in models)
+    places = max(1, memory_bytes // per_position) if sliced else len(positions)
+    with evaluating(*models):
+        for start in range(0, len(input_ids), rows):
+            chunk = slice(start, min(start + rows, len(input_ids)))
+            for part in positions.split(places):
+                yield chunk, part, [_forward(m, input_ids[chunk], part) for m in models]
+
+
+def _forward(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+    device = next((p.device for p in model.parameters()), input_ids.device)
+    options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
+    sliced = _takes(model, "logits_to_keep")
+    if sliced:
+        options["logits_to_keep"] = positions.to(device)
+    logits = model(input_ids=input_ids.to(device), **options).logits
+    return logits if sliced else logits[:, positions.to(logits.device)]
+
+
+def _takes(model: nn.Module, option: str) -> bool:
+    return option in inspect.signature(model.forward).parameters
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = _text_config(model)
+    return getattr(config, "vocab_size", None) or 2**17
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _check_length(models: Sequence[nn.Module], length: int) -> None:
+    for model in models:
+        limit = getattr(_text_config(model), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise SequenceLengthError(
+                f"{type(model).__name__}: the sequence has {length} tokens, the model's position limit is {limit} "
+                "(config.max_position_embeddings); give shorter sequences or extend the model's positions first"
+            )
+
+
+def _windows(token_ids: Tensor, window: int) -> Tensor:
+    if token_ids.ndim == 1:
+        size = min(window, len(token_ids))
+        token_ids = token_ids[: len(token_ids) // size * size].view(-1, size) if size else token_ids[None]
+    if token_ids.ndim != 2 or token_ids.shape[1] < 2 or not len(token_ids):
+        raise DataError(f"perplexity: token_ids {tuple(token_ids.shape)} predict nothing; give two tokens or more")
+    return token_ids
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)

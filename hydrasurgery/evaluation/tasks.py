@@ -1,0 +1,409 @@
+"""Retrieval tasks with known answers: needles in real text, dense key-value recall, counterfactual pairs of needles.
+
+Every generator takes its seed and nothing else that varies, so that the same call gives the same tensors; none of them
+runs a model. Two ways of writing a needle exist, chosen by the tokenizer: with the demo's own key and value tokens
+(`<key_017> <value_03> <value_41>`, a question is the key once more), or, for any other tokenizer, in words
+("The special magic number for river is 48213.").
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydrasurgery.errors import DataError, TokenizerError
+from hydrasurgery.evaluation.text import encode_text, library_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEY_TOKENS = tuple(f"<key_{i:03d}>" for i in range(128))
+VALUE_TOKENS = tuple(f"<value_{i:02d}>" for i in range(64))
+VALUE_LENGTH = 2  # value tokens in one value
+_ATTEMPTS = 200  # draws of a number before a tokenizer is given up
+
+Seed = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Sequences with the answers to predict.
+
+    Attributes:
+        task: "needles", "dense" or "text".
+        input_ids: [B, T] int64, no padding.
+        labels: [B, T] int64, aligned with `input_ids` as transformers has it (the model shifts them); -100 where
+            nothing is asked.
+        answer_positions: [B, Q, A] int64: position p's logits predict `input_ids[p + 1]`, token A of question Q.
+            Empty (Q = A = 0) for plain text.
+        chance: the probability that a blind guess of a whole answer is right.
+    """
+
+    task: str
+    input_ids: Tensor
+    labels: Tensor
+    answer_positions: Tensor
+    chance: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and its counterfactual, for causal scoring (paper section 2, eq. 9).
+
+    The two differ in the asked key's value where it is stated, and nowhere else: the teacher-forced start of the answer
+    at the end is the clean one in both, so that every effect starts at the stated value.
+
+    Attributes:
+        clean_ids, corrupt_ids: [T] int64.
+        answer_positions: [A] int64, positions whose logits predict the answer's tokens.
+        answer_ids, distractor_ids: [A] int64, the clean and the counterfactual answer, different at every place.
+        value_positions: [A] int64, where the asked value is stated: the only places at which the prompts differ.
+    """
+
+    clean_ids: Tensor
+    corrupt_ids: Tensor
+    answer_positions: Tensor
+    answer_ids: Tensor
+    distractor_ids: Tensor
+    value_positions: Tensor
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """One key with its value: stated as `before + value + after`, asked as `question + value`."""
+
+    before: list[int]
+    value: list[int]
+    after: list[int]
+    question: list[int]
+    distractor: list[int]
+
+
+class _Writer(Protocol):
+    """A way of writing facts; `facts(n, rng)` gives n of them with distinct keys and distinct values."""
+
+    chance: float
+
+    def facts(self, count: int, rng: np.random.Generator) -> list[_Fact]: ...
+
+
+class _SymbolWriter:
+    """Facts in the demo's own tokens: key, then two value tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.keys = _token_ids(tokenizer, KEY_TOKENS)
+        self.values = _token_ids(tokenizer, VALUE_TOKENS)
+        self.chance = len(self.values) ** -VALUE_LENGTH
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct keys [count] and distinct values [count, 2], as token ids."""
+        if count > len(self.keys):
+            raise DataError(f"{count} keys asked for, but the tokenizer has {len(self.keys)}; ask for fewer keys")
+        keys = rng.permutation(len(self.keys))[:count]
+        codes = rng.choice(len(self.values) ** VALUE_LENGTH, size=count, replace=False)
+        return self.keys[keys], self.values[np.stack(np.divmod(codes, len(self.values)), axis=1)]
+
+    def facts(self, count: int, rng: np.random.Generator) -> list[_Fact]:
+        keys, values = self.draw(count, rng)
+        taken = {tuple(v) for v in values.tolist()}
+        facts = []
+        for key, value in zip(keys.tolist(), values.tolist(), strict=True):
+            distractor = value
+            while any(a == b for a, b in zip(value, distractor, strict=True)) or tuple(distractor) in taken:
+                distractor = rng.choice(self.values, size=VALUE_LENGTH).tolist()
+            facts.append(_Fact([key], value, [], [key], distractor))
+        return facts
+
+
+class _SentenceWriter:
+    """Facts in words, for any tokenizer; all numbers have the token count that is commonest with this tokenizer."""
+
+    chance = 9.0**-5  # five digits, none of them 0
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        rng = np.random.default_rng(0)
+        tries = [self._try(word, *_two_numbers(rng)) for word in _WORDS[:32]]
+        lengths = Counter(len(fact.value) for fact in tries if fact is not None)
+        self.value_length = lengths.most_common(1)[0][0] if lengths else 0
+
+    def facts(self, count: int, rng: np.random.Generator) -> list[_Fact]:
+        if count > len(_WORDS):
+            raise DataError(f"{count} keys asked for, but there are {len(_WORDS)} words to name them; ask for fewer")
+        words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[:count]]
+        taken: set[tuple[int, ...]] = set()
+        facts = []
+        for word in words:
+            fact = self._fact(word, rng, taken)
+            taken.update((tuple(fact.value), tuple(fact.distractor)))
+            facts.append(fact)
+        return facts
+
+    def _fact(self, word: str, rng: np.random.Generator, taken: set[tuple[int, ...]]) -> _Fact:
+        for _ in range(_ATTEMPTS):
+            fact = self._try(word, *_two_numbers(rng))
+            if fact is None or len(fact.value) != self.value_length:
+                continue
+            if taken.isdisjoint((tuple(fact.value), tuple(fact.distractor))):
+                return fact
+        raise TokenizerError(
+            f"{_name(self.tokenizer)}: in {_ATTEMPTS} draws no two five-digit numbers had the same token count and a "
+            "different token at every place; this tokenizer cannot write the needle task: use needles of your own"
+        )
+
+    def _try(self, word: str, number: str, other: str) -> _Fact | None:
+        """The fact, or None where the tokenizer joins the number to its sentence or the two numbers do not match."""
+        sentence = f" The special magic number for {word} is"
+        before = self._encode(sentence)
+        wholes = [self._encode(f"{sentence} {n}") for n in (number, other)]
+        if any(whole[: len(before)] != before for whole in wholes):
+            return None
+        value, distractor = (whole[len(before) :] for whole in wholes)
+        if len(value) != len(distractor):
+            return None
+        while value and value[0] == distractor[0]:  # a separate token for the blank belongs to the sentence
+            before, value, distractor = [*before, value[0]], value[1:], distractor[1:]
+        if not value or any(a == b for a, b in zip(value, distractor, strict=True)):
+            return None
+        question = self._encode(f"\n\nWhat is the special magic number for {word}?")
+        return _Fact(before, value, self._encode("."), [*question, *before], distractor)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def needles(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: Seed,
+    *,
+    num_keys: int = 4,
+    questions: int = 1,
+    text_ids: Tensor | None = None,
+) -> TaskBatch:
+    """Facts hidden at random depths in real text; the questions at the end ask `questions` of them.
+
+    Args:
+        length: T, tokens a sequence.
+        count: B, sequences.
+        seed: the only source of chance; an int or several (a run's seed and a step, say).
+        num_keys: facts a sequence, of distinct keys and values.
+        questions: Q, how many of the facts are asked.
+        text_ids: [N] int64, the text to hide them in; by default the Python reference (held-out part for the demo's
+            tokenizer).
+
+    Raises:
+        TokenizerError: the tokenizer has only some of the demo's tokens, or cannot write matching numbers.
+        DataError: the facts and questions do not fit into `length`.
+    """
+    rng = np.random.default_rng(seed)
+    writer, text = _writer(tokenizer), _text(tokenizer, text_ids)
+    prefix = _prefix(tokenizer)
+    rows = [_needle_row(prefix, writer.facts(num_keys, rng), questions, length, text, rng) for _ in range(count)]
+    return _batch("needles", [r.ids for r in rows], [r.answers for r in rows], writer.chance)
+
+
+def needle_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: Seed,
+    *,
+    num_keys: int = 4,
+    text_ids: Tensor | None = None,
+) -> list[Pair]:
+    """Counterfactual pairs for causal scoring: `count` prompts of `length` tokens, arguments and errors as `needles`.
+
+    The corrupt prompt is the clean one with the asked key's value spliced over by a distractor of the same type, the
+    same token count and a different token at every place; it is the value of no other key.
+    """
+    rng = np.random.default_rng(seed)
+    writer, text = _writer(tokenizer), _text(tokenizer, text_ids)
+    prefix = _prefix(tokenizer)
+    return [_pair(prefix, writer.facts(num_keys, rng), length, text, rng) for _ in range(count)]
+
+
+def dense_recall(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: Seed,
+    *,
+    num_pairs: int | None = None,
+    questions: int | None = None,
+    text_ids: Tensor | None = None,
+) -> TaskBatch:
+    """A sequence full of `key value value`, then questions; only for a tokenizer with the demo's tokens.
+
+    Keys are unique within a sequence, so at most 128 facts fit; the rest of a longer sequence is text between them.
+
+    Args:
+        num_pairs: facts; by default as many as fill three quarters of the sequence, at most one a key.
+        questions: Q; by default a third of the facts.
+
+    Raises:
+        TokenizerError: a key or value token is missing.
+        DataError: the facts and questions do not fit into `length`.
+    """
+    rng = np.random.default_rng(seed)
+    writer, text = _SymbolWriter(tokenizer), _text(tokenizer, text_ids)
+    prefix = np.array(_prefix(tokenizer), dtype=np.int64)
+    size = 1 + VALUE_LENGTH
+    pairs = min(len(KEY_TOKENS), (length - len(prefix)) * 3 // 4 // size) if num_pairs is None else num_pairs
+    asked = max(1, pairs // 3) if questions is None else questions
+    gap = length - len(prefix) - size * (pairs + asked)
+    _check_fit("dense recall", length, gap, pairs, asked)
+    rows, answers = [], []
+    for _ in range(count):
+        keys, values = writer.draw(pairs, rng)
+        facts = np.concatenate([keys[:, None], values], axis=1)
+        cuts = np.sort(rng.integers(0, gap + 1, size=pairs))
+        body = np.insert(_window(text, gap, rng), cuts.repeat(size), facts.ravel())
+        tail = facts[rng.permutation(pairs)[:asked]].ravel()
+        rows.append(np.concatenate([prefix, body, tail]))
+        start = length - size * asked + 1
+        answers.append(start + size * np.arange(asked)[:, None] + np.arange(VALUE_LENGTH))
+    return _batch("dense", rows, answers, writer.chance)
+
+
+def plain_text(
+    tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: Seed, *, text_ids: Tensor | None = None
+) -> TaskBatch:
+    """Windows of real text from random places; every token but the first is labelled, and no question is asked."""
+    rng = np.random.default_rng(seed)
+    text = _text(tokenizer, text_ids)
+    prefix = np.array(_prefix(tokenizer), dtype=np.int64)
+    _check_fit("plain text", length, length - len(prefix) - 1, 0, 0)
+    rows = [np.concatenate([prefix, _window(text, length - len(prefix), rng)]) for _ in range(count)]
+    input_ids = torch.from_numpy(np.stack(rows))
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    return TaskBatch("text", input_ids, labels, torch.zeros(count, 0, 0, dtype=torch.long), 1 / len(tokenizer))
+
+
+def has_symbols(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has the demo's key tokens, so that needles are written with them and not in words."""
+    return tokenizer.convert_tokens_to_ids(KEY_TOKENS[0]) not in (None, tokenizer.unk_token_id)
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: np.ndarray  # [T]
+    answers: np.ndarray  # [Q, A] positions of the answers' tokens
+    stated: np.ndarray  # [Q, A] positions at which the asked values are stated
+    asked: list[_Fact]
+
+
+def _needle_row(
+    prefix: list[int], facts: list[_Fact], questions: int, length: int, text: np.ndarray, rng: np.random.Generator
+) -> _Row:
+    if not 1 <= questions <= len(facts):
+        raise DataError(f"needles: {questions} questions about {len(facts)} keys; ask between 1 and the number of keys")
+    order = rng.permutation(len(facts))[:questions].tolist()
+    asked = [facts[i] for i in order]
+    used = len(prefix) + sum(len(f.before + f.value + f.after) for f in facts)
+    used += sum(len(f.question + f.value) for f in asked)
+    _check_fit("needles", length, length - used, len(facts), questions)
+    window = _window(text, length - used, rng)
+    cuts = np.sort(rng.integers(0, length - used + 1, size=len(facts))).tolist()
+    ids, stated, answers = list(prefix), [], []
+    for fact, start, end in zip(facts, [0, *cuts[:-1]], cuts, strict=True):
+        ids += window[start:end].tolist() + fact.before
+        stated.append(np.arange(len(ids), len(ids) + len(fact.value)))
+        ids += fact.value + fact.after
+    ids += window[cuts[-1] :].tolist()
+    for fact in asked:
+        ids += fact.question
+        answers.append(np.arange(len(ids), len(ids) + len(fact.value)))
+        ids += fact.value
+    return _Row(np.array(ids, dtype=np.int64), np.stack(answers), np.stack([stated[i] for i in order]), asked)
+
+
+def _pair(prefix: list[int], facts: list[_Fact], length: int, text: np.ndarray, rng: np.random.Generator) -> Pair:
+    # One token longer, without the last: the answer's last token is predicted and never read.
+    row = _needle_row(prefix, facts, 1, length + 1, text, rng)
+    clean = torch.from_numpy(row.ids[:-1])
+    value_positions, distractor = torch.from_numpy(row.stated[0]), torch.tensor(row.asked[0].distractor)
+    corrupt = clean.clone()
+    corrupt[value_positions] = distractor
+    positions = torch.from_numpy(row.answers[0]) - 1
+    return Pair(clean, corrupt, positions, torch.tensor(row.asked[0].value), distractor, value_positions)
+
+
+def _batch(task: str, rows: list[np.ndarray], answers: list[np.ndarray], chance: float) -> TaskBatch:
+    input_ids, places = torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(answers))
+    labels = torch.full_like(input_ids, -100)
+    flat = places.flatten(1)
+    labels.scatter_(1, flat, input_ids.gather(1, flat))
+    return TaskBatch(task, input_ids, labels, places - 1, chance)
+
+
+def _check_fit(task: str, length: int, left: int, keys: int, questions: int) -> None:
+    if left < 0:
+        raise DataError(
+            f"{task}: {keys} keys and {questions} questions need {length - left} tokens, but the length is {length}; "
+            "give a greater length or fewer keys"
+        )
+
+
+def _window(text: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """`size` tokens from a random place; a text shorter than that goes round."""
+    return text[(int(rng.integers(len(text))) + np.arange(size)) % len(text)]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, text_ids: Tensor | None) -> np.ndarray:
+    if text_ids is None:
+        text_ids = encode_text(tokenizer, library_text("held-out" if has_symbols(tokenizer) else "all"))
+    if text_ids.ndim != 1 or not len(text_ids):
+        raise DataError(f"text_ids: shape {tuple(text_ids.shape)}; give a non-empty row of token ids (encode_text)")
+    return text_ids.cpu().numpy()
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens this tokenizer puts in front of a text (bos, or nothing)."""
+    with_special, without = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    return with_special[: with_special.index(without[0])]
+
+
+def _writer(tokenizer: PreTrainedTokenizerBase) -> _Writer:
+    return _SymbolWriter(tokenizer) if has_symbols(tokenizer) else _SentenceWriter(tokenizer)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> np.ndarray:
+    ids = tokenizer.convert_tokens_to_ids(list(names))
+    for name, token in zip(names, ids, strict=True):
+        if token is None or token == tokenizer.unk_token_id:
+            raise TokenizerError(
+                f"{_name(tokenizer)}: token {name} is missing; this task is written with the demo's key and value "
+                "tokens: use the demo's tokenizer, or `needles`, which a tokenizer without any of them writes in words"
+            )
+    return np.array(ids, dtype=np.int64)
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"{type(tokenizer).__name__} ({tokenizer.name_or_path or 'unnamed'})"
+
+
+def _two_numbers(rng: np.random.Generator) -> tuple[str, str]:
+    """Two five-digit numbers that share no digit at any place."""
+    digits = rng.permuted(np.tile(np.arange(1, 10), (5, 1)), axis=1)[:, :2]
+    return "".join(map(str, digits[:, 0])), "".join(map(str, digits[:, 1]))
+
+
+_WORDS = """
+    anchor apple arrow basket beacon bicycle blanket bottle bridge bronze butter button cabin camera candle canyon
+    carpet castle cellar circle cloud coffee copper corner cotton cradle crystal desert diamond dolphin dragon
+    eagle engine falcon feather fence fiddle forest fountain garden ginger glacier grape hammer harbor helmet
+    honey island ivory jacket jungle kettle kitchen ladder lantern lemon letter library lizard magnet maple marble
+    meadow mirror monkey mountain needle oasis ocean olive orange orchard oyster paddle palace paper parrot pencil
+    pepper piano pillow planet pocket pumpkin puzzle rabbit river rocket saddle sailor salmon shadow silver spider
+    spoon spring stable station summer sunset table temple thunder tiger tower tunnel turtle valley velvet village
+    violin walnut whistle window winter wizard
+""".split()  # noqa: SIM905  (a hundred quoted words would be a hundred lines)

@@ -1,0 +1,559 @@
+"""Which heads stay full and which become linear: the plan, its file, its picture and the strategies that make one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hydrasurgery.errors import PlanError
+from hydrasurgery.files import atomic_write_text
+
+FULL, LINEAR = "full", "linear"
+UNITS = ("head", "kv-group")
+STRATEGIES = ("constrained", "global", "random", "fixed", "layerwise", "all-linear", "all-full")
+NEEDS_SCORES = ("constrained", "global")
+REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "max": max,
+    "sum": math.fsum,
+    "mean": lambda values: math.fsum(values) / len(values),
+}
+FORMAT, VERSION = "hydrasurgery-plan", 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One attention layer: the kind of each query head and the shape that a forecast needs.
+
+    Query heads of KV head g are `g * num_heads // num_key_value_heads` up to the next group's first.
+    `window` is in tokens, None for attention over everything; `head_dim` and `value_dim` are widths of one head.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    num_key_value_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def full_heads(self) -> tuple[int, ...]:
+        return tuple(head for head, kind in enumerate(self.kinds) if kind == FULL)
+
+    @property
+    def linear_heads(self) -> tuple[int, ...]:
+        return tuple(head for head, kind in enumerate(self.kinds) if kind == LINEAR)
+
+    @property
+    def groups(self) -> tuple[range, ...]:
+        """The query heads of each KV head."""
+        heads, shared = self.num_heads, self.num_key_value_heads
+        return tuple(range(g * heads // shared, (g + 1) * heads // shared) for g in range(shared))
+
+    @property
+    def kept_key_value_heads(self) -> tuple[int, ...]:
+        """KV heads that at least one full head reads, so that their cache has to stay."""
+        return tuple(g for g, heads in enumerate(self.groups) if any(self.kinds[head] == FULL for head in heads))
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model a plan was made for. Empty strings where a plan was made from bare regions."""
+
+    architecture: str = ""
+    model_type: str = ""
+    num_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kind of every query head of a model, with what is needed to make the same plan again.
+
+    `print(plan)` draws the map, `save`/`load` keep it as JSON whose bytes depend on nothing but the plan.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    unit: str = "head"
+    strategy: str = "constrained"
+    ratio: str = "7:1"
+    min_full_per_layer: int = 1
+    keep: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
+    model: ModelInfo = ModelInfo()
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_heads(self) -> int:
+        return sum(layer.num_heads for layer in self.layers)
+
+    @property
+    def num_full(self) -> int:
+        return sum(len(layer.full_heads) for layer in self.layers)
+
+    @property
+    def num_linear(self) -> int:
+        return self.num_heads - self.num_full
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values; `from_dict` is the inverse."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": dict(vars(self.model)),
+            "unit": self.unit,
+            "strategy": self.strategy,
+            "ratio": self.ratio,
+            "min_full_per_layer": self.min_full_per_layer,
+            "keep": [list(head) for head in self.keep],
+            "seed": self.seed,
+            "versions": dict(sorted(self.versions.items())),
+            "notes": list(self.notes),
+            "layers": [_layer_to_dict(layer) for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "plan") -> Plan:
+        """Rebuild a plan from `to_dict`'s result. `source` names the file in a PlanError."""
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise PlanError(f"{source}: not a plan (its format is not {FORMAT}). Give a file written by Plan.save.")
+        if value.get("version") != VERSION:
+            raise PlanError(
+                f"{source}: plan version {value.get('version')!r}, this hydrasurgery reads version {VERSION}. "
+                "Make the plan again with plan_heads, or install the version that wrote it."
+            )
+        try:
+            plan = cls(
+                layers=tuple(_layer_from_dict(layer, source) for layer in value["layers"]),
+                unit=value["unit"],
+                strategy=value["strategy"],
+                ratio=value["ratio"],
+                min_full_per_layer=int(value["min_full_per_layer"]),
+                keep=tuple((int(layer), int(head)) for layer, head in value["keep"]),
+                seed=int(value["seed"]),
+                model=ModelInfo(**value["model"]),
+                versions=dict(value["versions"]),
+                notes=tuple(value["notes"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(
+                f"{source}: a field of the plan is missing or of the wrong type ({type(error).__name__}: {error}). "
+                "Compare it with a file written by Plan.save, or make the plan again with plan_heads."
+            ) from error
+        plan._check_itself(source)
+        return plan
+
+    def to_json(self) -> str:
+        """The plan as JSON text, one layer a line: the same plan gives the same bytes."""
+        head = self.to_dict()
+        return json_lines(head, "layers", head.pop("layers"))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        """Read `to_json`'s text. PlanError names `source` if it is not JSON, not a plan, or of another version."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{source}: not JSON ({error}). Give a file written by Plan.save.") from error
+        return cls.from_dict(value, source)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan to `path`, whole or not at all."""
+        return atomic_write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote; PlanError if the file is missing or is not a plan."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{os.fspath(path)}: cannot be read as a plan ({error}). Check the path.") from error
+        return cls.from_json(text, source=os.fspath(path))
+
+    def validate(self, regions: Sequence[Any]) -> None:
+        """Raise PlanError unless every layer and head of the plan is one of `regions` and the other way round.
+
+        Args:
+            regions: What `capture(model)` gives: objects with name, num_heads, num_key_value_heads and head_dim.
+        """
+        self._check_itself("plan")
+        here, there = [layer.name for layer in self.layers], [region.name for region in regions]
+        made_for = f" (made for {self.model.architecture})" if self.model.architecture else ""
+        if here != there:
+            differing = [pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]]
+            where = f"{differing[0][0]} where the model has {differing[0][1]}" if differing else "the others are equal"
+            raise PlanError(
+                f"plan{made_for} is for another architecture: {len(here)} layers, the model has {len(there)}; {where}. "
+                "Make a plan for this model with plan_heads."
+            )
+        for layer, region in zip(self.layers, regions, strict=True):
+            _check_layer(layer, region, made_for)
+
+    def _check_itself(self, source: str) -> None:
+        if not self.layers:
+            raise PlanError(f"{source}: no layers. Make the plan again with plan_heads.")
+        if self.unit not in UNITS:
+            raise PlanError(f"{source}: unit {self.unit!r} is not one of {', '.join(UNITS)}.")
+        for layer in self.layers:
+            if not layer.kinds:
+                raise PlanError(f"{source}: layer {layer.name} lists no heads. Every layer needs a kind for each head.")
+            unknown = sorted(set(layer.kinds) - {FULL, LINEAR})
+            if unknown:
+                raise PlanError(f"{source}: layer {layer.name} has the unknown head kind {unknown[0]!r}.")
+            if not 1 <= layer.num_key_value_heads <= layer.num_heads:
+                raise PlanError(
+                    f"{source}: layer {layer.name} has {layer.num_key_value_heads} KV heads for {layer.num_heads} "
+                    "query heads. Make the plan again with plan_heads."
+                )
+            split = [g for g, heads in enumerate(layer.groups) if len({layer.kinds[head] for head in heads}) > 1]
+            if self.unit == "kv-group" and split:
+                heads = layer.groups[split[0]]
+                raise PlanError(
+                    f"{source}: layer {layer.name} splits KV group {split[0]} (heads {heads[0]}-{heads[-1]}) although "
+                    "the unit is kv-group. Give the heads of a group one kind, or set the unit to head."
+                )
+
+    def __str__(self) -> str:
+        header = _header(self)
+        rows = [_row(number, layer) for number, layer in enumerate(self.layers)]
+        width = max(len("█ full  · linear"), *(len(cells) for _, cells, _ in rows))
+        table = [f"layer  {'█ full  · linear':<{width}}  full   KV kept"]
+        table += [f"{number:>5}  {cells:<{width}}  {counts}" for number, cells, counts in rows]
+        return "\n".join([*header, "", *table, *(f"note: {note}" for note in self.notes)])
+
+
+def plan_heads(
+    source: Any,
+    *,
+    ratio: str = "7:1",
+    unit: str = "head",
+    strategy: str = "constrained",
+    min_full_per_layer: int = 1,
+    keep: Iterable[tuple[int, int]] = (),
+    seed: int = 0,
+    group_score: str = "max",
+    tie: float = 1e-3,
+) -> Plan:
+    """Decide which heads stay full.
+
+    Strategies: `constrained` keeps the highest scores of the whole model with at least `min_full_per_layer` units in
+    each layer; `global` is the same without that floor; `random` draws instead of scoring, floor kept; `fixed` draws
+    the same heads for each layer; `layerwise` keeps whole layers, the last of each equal stretch, as few as hold no
+    fewer units than the ratio asks; `all-linear` and `all-full` say it.
+
+    Scores that round to the same multiple of `tie` are equal; then the higher reconstruction error stays full (it
+    converts worst), then the lower layer and head. The number of full units is round(total * F / (L + F)), more only
+    where the floor or `keep` need it; `Plan.notes` says so.
+
+    Args:
+        source: HeadScores (required by constrained and global), or a model, or what `capture(model)` gives.
+        ratio: "L:F", linear to full.
+        unit: "head", or "kv-group": the query heads of a KV head share one kind, so that its cache can go.
+        min_full_per_layer: Full units a layer has at least (constrained, random, fixed).
+        keep: (layer, head) numbers that stay full whatever the strategy; they count towards the ratio.
+        seed: Of random and fixed.
+        group_score: "max", "mean" or "sum" of the heads' scores in a KV group.
+        tie: Resolution of the scores, in the scores' own unit (1 is the whole effect of an answer).
+
+    Raises:
+        PlanError: an unknown option, a keep entry that is no head, a floor above a layer's units, missing or
+            non-finite scores.
+    """
+    _check_options(unit, strategy, group_score, min_full_per_layer, tie)
+    share = _full_share(ratio)
+    shapes, model = _shapes(source)
+    groups = [_units(shape, unit) for shape in shapes]
+    forced = _kept_units(keep := tuple(sorted(set(keep))), shapes, groups)
+    floor = min_full_per_layer if strategy in ("constrained", "random", "fixed") else 0
+    for shape, layer in zip(shapes, groups, strict=True):
+        if floor > len(layer):
+            raise PlanError(f"min_full_per_layer={floor}, but {shape.name} has only {len(layer)} units of {unit}.")
+
+    ranks = _ranks(source, strategy, groups, seed, REDUCTIONS[group_score], tie)
+    chosen, notes = _choose(strategy, groups, ranks, forced, floor, share, unit)
+    layers = tuple(
+        replace(shape, kinds=_kinds(shape.num_heads, [heads for u, heads in enumerate(layer) if (index, u) in chosen]))
+        for index, (shape, layer) in enumerate(zip(shapes, groups, strict=True))
+    )
+    return Plan(layers, unit, strategy, ratio, floor, keep, seed, model, package_versions(), tuple(notes))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages on which a head set depends."""
+    found = {}
+    for package in ("hydrasurgery", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def model_info(model: nn.Module, num_layers: int) -> ModelInfo:
+    """Class name and `config.model_type` of a model (empty for a module without a config)."""
+    config = getattr(model, "config", None)
+    return ModelInfo(type(model).__name__, str(getattr(config, "model_type", "")), num_layers)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+Unit = tuple[int, int]  # (layer, number of the head or KV group in it)
+
+
+def _choose(
+    strategy: str,
+    groups: list[list[range]],
+    ranks: dict[Unit, tuple[float, ...]],
+    forced: set[Unit],
+    floor: int,
+    share: float,
+    unit: str,
+) -> tuple[set[Unit], list[str]]:
+    everything = [(layer, u) for layer, members in enumerate(groups) for u in range(len(members))]
+    if strategy == "all-full":
+        return set(everything), []
+    if strategy == "all-linear":
+        return set(forced), []
+    if strategy == "fixed":
+        wanted = {layer: _round(len(members) * share) for layer, members in enumerate(groups)}
+        chosen = forced | {
+            (layer, u)
+            for layer, members in enumerate(groups)
+            for u in sorted(range(len(members)), key=lambda u: ranks[layer, u])[: max(wanted[layer], floor)]
+        }
+        return chosen, _count_notes(len(everything) * share, sum(wanted.values()), len(chosen), unit)
+    target = _round(len(everything) * share)
+    if strategy == "layerwise":
+        chosen = forced | _spaced_layers(groups, target)
+        return chosen, _count_notes(len(everything) * share, target, len(chosen), unit, "whole layers, rounded up")
+
+    chosen = set(forced)
+    order = sorted(everything, key=lambda u: ranks[u])
+    for layer in range(len(groups)):
+        have = sum(1 for unit_ in chosen if unit_[0] == layer)
+        best = [unit_ for unit_ in order if unit_[0] == layer and unit_ not in chosen]
+        chosen.update(best[: max(0, floor - have)])
+    free = [unit_ for unit_ in order if unit_ not in chosen]
+    chosen.update(free[: max(0, target - len(chosen))])
+    return chosen, _count_notes(len(everything) * share, target, len(chosen), unit)
+
+
+def _ranks(
+    source: Any,
+    strategy: str,
+    groups: list[list[range]],
+    seed: int,
+    reduce: Callable[[Sequence[float]], float],
+    tie: float,
+) -> dict[Unit, tuple[float, ...]]:
+    """Sort keys of the units: the smallest stays full first."""
+    # Random.random() is the one draw whose values Python promises to keep between its versions.
+    draw = random.Random(seed).random
+    if strategy == "fixed":
+        draws = [draw() for _ in range(max(len(members) for members in groups))]
+        return {(layer, u): (draws[u],) for layer, members in enumerate(groups) for u in range(len(members))}
+    if strategy not in NEEDS_SCORES:
+        return {(layer, u): (draw(),) for layer, members in enumerate(groups) for u in range(len(members))}
+    if not hasattr(source, "layers") or isinstance(source, nn.Module):
+        raise PlanError(
+            f"strategy={strategy!r} needs scores: give plan_heads the result of score_heads, or choose a strategy that "
+            f"needs none ({', '.join(name for name in STRATEGIES if name not in NEEDS_SCORES)})."
+        )
+    ranks: dict[Unit, tuple[float, ...]] = {}
+    for layer, (scores, members) in enumerate(zip(source.layers, groups, strict=True)):
+        importance = _finite(scores.importance, scores.name, "importance", scores.num_heads)
+        error = _finite(scores.error or (0.0,) * scores.num_heads, scores.name, "error", scores.num_heads)
+        for u, heads in enumerate(members):
+            score = reduce([importance[head] for head in heads])
+            score = _round(score / tie) if tie else score
+            ranks[layer, u] = (-score, -reduce([error[head] for head in heads]), layer, u)
+    return ranks
+
+
+def _spaced_layers(groups: list[list[range]], target: int) -> set[Unit]:
+    """The fewest evenly spaced layers with no fewer than `target` units; each is the last of its stretch."""
+    for count in range(len(groups) + 1):
+        layers = [-(-(i + 1) * len(groups) // count) - 1 for i in range(count)]
+        chosen = {(layer, u) for layer in layers for u in range(len(groups[layer]))}
+        if len(chosen) >= target:
+            break
+    return chosen
+
+
+def _count_notes(exact: float, target: int, got: int, unit: str, why: str = "min_full_per_layer or keep") -> list[str]:
+    notes, units = [], {"head": "heads", "kv-group": "KV groups"}[unit]
+    if not math.isclose(exact, target):
+        notes.append(f"the ratio asks for {exact:.4g} full {units}, rounded to {target}")
+    if got != target:
+        notes.append(f"{got} full {units} instead of {target} ({why})")
+    return notes
+
+
+def _kept_units(keep: Sequence[tuple[int, int]], shapes: list[LayerPlan], groups: list[list[range]]) -> set[Unit]:
+    kept = set()
+    for layer, head in keep:
+        if not 0 <= layer < len(shapes):
+            raise PlanError(f"keep names layer {layer}, but the model has layers 0 to {len(shapes) - 1}.")
+        if not 0 <= head < shapes[layer].num_heads:
+            last = shapes[layer].num_heads - 1
+            raise PlanError(f"keep names head {head} of {shapes[layer].name}, which has heads 0 to {last}.")
+        kept.add((layer, next(u for u, heads in enumerate(groups[layer]) if head in heads)))
+    return kept
+
+
+def _units(shape: LayerPlan, unit: str) -> list[range]:
+    return list(shape.groups) if unit == "kv-group" else [range(head, head + 1) for head in range(shape.num_heads)]
+
+
+def _kinds(num_heads: int, full: list[range]) -> tuple[str, ...]:
+    heads = {head for members in full for head in members}
+    return tuple(FULL if head in heads else LINEAR for head in range(num_heads))
+
+
+def _shapes(source: Any) -> tuple[list[LayerPlan], ModelInfo]:
+    """The layers of scores, a model or regions, every head full."""
+    if isinstance(source, nn.Module):
+        from hydrasurgery.regions import capture
+
+        regions = capture(source)
+        model = model_info(source, len(regions))
+    elif hasattr(source, "layers"):
+        regions, model = source.layers, source.model
+    else:
+        regions = list(source)
+        model = ModelInfo(num_layers=len(regions))
+    if not regions:
+        raise PlanError("there is no attention layer to plan: give scores, a model or the regions of one.")
+    return [layer_shape(region) for region in regions], model
+
+
+def layer_shape(region: Any) -> LayerPlan:
+    """A region's (or a layer's scores') shape as a LayerPlan with every head full."""
+    value_dim = getattr(region, "value_dim", None) or region.head_dim
+    kinds = (FULL,) * region.num_heads
+    return LayerPlan(region.name, kinds, region.num_key_value_heads, region.head_dim, value_dim, region.window)
+
+
+def _check_options(unit: str, strategy: str, group_score: str, floor: int, tie: float) -> None:
+    for name, value, known in (
+        ("unit", unit, UNITS),
+        ("strategy", strategy, STRATEGIES),
+        ("group_score", group_score, tuple(REDUCTIONS)),
+    ):
+        if value not in known:
+            raise PlanError(f"{name}={value!r} is not one of {', '.join(known)}.")
+    if floor < 0 or tie < 0:
+        raise PlanError(f"min_full_per_layer={floor} and tie={tie} must not be negative.")
+
+
+def _full_share(ratio: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", ratio)
+    linear, full = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    if linear + full == 0:
+        raise PlanError(f"ratio={ratio!r} is not 'L:F', linear heads to full heads, for example '7:1' or '3:1'.")
+    return full / (linear + full)
+
+
+def _finite(values: Sequence[float], name: str, what: str, num_heads: int) -> list[float]:
+    numbers = [float(value) for value in values]
+    if len(numbers) != num_heads or not all(math.isfinite(number) for number in numbers):
+        raise PlanError(
+            f"{name}: {what} must be {num_heads} finite numbers, one a head; got {len(numbers)}, of which "
+            f"{sum(math.isfinite(number) for number in numbers)} are finite. Score the model again."
+        )
+    return numbers
+
+
+def _round(value: float) -> int:
+    """Half goes up, so that a plan never depends on whether a count is even."""
+    return math.floor(value + 0.5)
+
+
+# --- files and pictures -----------------------------------------------------------------------------------------------
+
+
+def json_lines(head: dict[str, Any], key: str, rows: list[dict[str, Any]]) -> str:
+    """JSON text of `head` with a last entry `key`, a list that has one row on each line."""
+    text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    lines = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in rows)
+    return f'{text},\n  "{key}": [\n{lines}\n  ]\n}}\n'
+
+
+def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "num_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "head_dim": layer.head_dim,
+        "value_dim": layer.value_dim,
+        "window": layer.window,
+        "full": list(layer.full_heads),
+    }
+
+
+def _layer_from_dict(value: dict[str, Any], source: str) -> LayerPlan:
+    name, heads = value["name"], int(value["num_heads"])
+    full = [int(head) for head in value["full"]]
+    unknown = [head for head in full if not 0 <= head < heads]
+    if unknown:
+        raise PlanError(
+            f"{source}: layer {name} keeps the unknown head {unknown[0]}; it has {heads} heads, numbered from 0."
+        )
+    return LayerPlan(
+        name=str(name),
+        kinds=tuple(FULL if head in full else LINEAR for head in range(heads)),
+        num_key_value_heads=int(value["num_key_value_heads"]),
+        head_dim=int(value["head_dim"]),
+        value_dim=int(value["value_dim"]),
+        window=None if value["window"] is None else int(value["window"]),
+    )
+
+
+def _check_layer(layer: LayerPlan, region: Any, made_for: str) -> None:
+    if layer.num_heads > region.num_heads:
+        raise PlanError(
+            f"plan{made_for}: {layer.name} has {region.num_heads} heads, so head {region.num_heads} of the plan is "
+            "unknown there. Make a plan for this model with plan_heads."
+        )
+    for what in ("num_heads", "num_key_value_heads", "head_dim"):
+        if getattr(layer, what) != getattr(region, what):
+            raise PlanError(
+                f"plan{made_for} is for another architecture: {layer.name} has {what} {getattr(layer, what)} in the "
+                f"plan and {getattr(region, what)} in the model. Make a plan for this model with plan_heads."
+            )
+
+
+def _header(plan: Plan) -> list[str]:
+    shared = sum(layer.num_key_value_heads for layer in plan.layers)
+    kept = sum(len(layer.kept_key_value_heads) for layer in plan.layers)
+    achieved = f"{plan.num_linear / plan.num_full:.3g}:1" if plan.num_full else "all linear"
+    asked = f", asked {plan.ratio}" if not plan.strategy.startswith("all-") else ""
+    who = plan.model.architecture or plan.model.model_type or "a model"
+    return [
+        f"Plan for {who}: {len(plan.layers)} layers ({plan.layers[0].name} ...), {plan.num_heads} query heads",
+        f"full {plan.num_full} of {plan.num_heads} heads (linear:full {achieved}{asked}), "
+        f"KV heads kept {kept} of {shared} ({kept / shared:.1%})",
+        f"strategy {plan.strategy}, unit {plan.unit}, seed {plan.seed}"
+        + (f", kept by request {', '.join(f'{layer}.{head}' for layer, head in plan.keep)}" if plan.keep else ""),
+    ]
+
+
+def _row(number: int, layer: LayerPlan) -> tuple[int, str, str]:
+    cells = " ".join("".join("█" if layer.kinds[head] == FULL else "·" for head in heads) for heads in layer.groups)
+    full = f"{len(layer.full_heads)}/{layer.num_heads}"
+    kept = f"{len(layer.kept_key_value_heads)}/{layer.num_key_value_heads}"
+    window = f"  window {layer.window}" if layer.window else ""
+    return number, cells, f"{full:<5}  {kept}{window}"

@@ -1,0 +1,68 @@
+"""Saving and loading hybrids with plain `save_pretrained` and `AutoModelForCausalLM.from_pretrained`.
+
+The plan and the pipeline lie in `config.json` under `quantization_config` with the method "hydrasurgery": the one place
+where transformers lets a library change a model's modules before its weights are read. Loading runs the same passes on
+the empty model, then reads safetensors; nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hydrasurgery.errors import CheckpointError, HydraError
+from hydrasurgery.plan import Plan
+
+METHOD = "hydrasurgery"
+
+
+@register_quantization_config(METHOD)
+class HydraConfig(QuantizationConfigMixin):
+    """The surgery that a checkpoint needs: its plan (as JSON data) and its pipeline (as a string)."""
+
+    def __init__(self, plan: dict[str, Any], pipeline: str, **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.plan = plan
+        self.pipeline = pipeline
+
+
+@register_quantizer(METHOD)
+class HydraSurgeon(HfQuantizer):
+    """Runs the checkpoint's pipeline on the empty model before its weights are loaded."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from hydrasurgery.rewrite import apply_plan
+
+        config = self.quantization_config
+        try:
+            plan = Plan.from_json(json.dumps(config.plan))
+            apply_plan(model, plan, config.pipeline)
+        except HydraError as error:
+            raise CheckpointError(f"{type(model).__name__}: the checkpoint's surgery does not fit it: {error}") from error
+        for module in model.modules():
+            module._is_hf_initialized = getattr(module, "_is_hf_initialized", False)
+        return model
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def mark(hybrid: nn.Module, plan: Plan, pipeline: str) -> None:
+    """Write the surgery into the hybrid's config, so that `save_pretrained` saves it."""
+    surgery = HydraConfig(json.loads(plan.to_json()), pipeline)
+    hybrid.config.quantization_config = surgery
+    hybrid.hf_quantizer = HydraSurgeon(surgery, pre_quantized=True)

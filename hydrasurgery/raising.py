@@ -1,0 +1,62 @@
+"""Raising: what a model's code calls attention becomes one `hydra::attention` node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from hydrasurgery import ops  # noqa: F401  (registers hydra::attention)
+from hydrasurgery.errors import UnsupportedModelError
+
+ATTENTION = torch.ops.hydra.attention.default
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def raise_attention(name: str, graph: fx.Graph) -> bool:
+    """Rewrite the region's attention to one `hydra::attention` node; says whether anything changed."""
+    modified = False
+    for node in graph.find_nodes(op="call_function", target=SDPA):
+        _raise_sdpa(name, graph, node)
+        modified = True
+    for node in graph.find_nodes(op="call_function", target=ATTENTION):
+        modified |= _plain_mask(graph, node)
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    return modified
+
+
+def _raise_sdpa(name: str, graph: fx.Graph, node: fx.Node) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    mask = given.get("attn_mask")
+    if not given.get("is_causal", False) and mask is None:
+        raise UnsupportedModelError(f"{name} attends in both directions (is_causal=False and no mask); only decoders are supported")
+    q, k, v = given["query"], given["key"], given["value"]
+    b, heads, length, _ = q.meta["shape"]
+    with graph.inserting_before(node):
+        if mask is not None:
+            for _ in range(4 - len(mask.meta["shape"])):
+                shape = mask.meta["shape"]
+                mask = graph.call_function(torch.ops.aten.unsqueeze.default, (mask, 0))
+                mask.meta["shape"] = (1, *shape)
+        op = graph.call_function(ATTENTION, (q, k, v, mask), {"scale": given.get("scale")})
+        op.meta["shape"] = (b, length, heads, v.meta["shape"][3])
+        back = graph.call_function(torch.ops.aten.transpose.int, (op, 1, 2))
+        back.meta["shape"] = node.meta["shape"]
+    node.replace_all_uses_with(back)
+    graph.erase_node(node)
+
+
+def _plain_mask(graph: fx.Graph, node: fx.Node) -> bool:
+    """Undo slicing of the mask between the call and the op: the mask that arrives is the op's already."""
+    mask = node.args[3] if len(node.args) > 3 else None
+    start = mask
+    while isinstance(mask, fx.Node) and mask.op == "call_function" and mask.target == torch.ops.aten.slice.Tensor:
+        mask = mask.args[0]
+    if mask is start:
+        return False
+    node.update_arg(3, mask)
+    return True
+
+

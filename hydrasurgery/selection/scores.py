@@ -1,0 +1,152 @@
+"""The result of scoring: a number for every head, where it came from, its file and its picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydrasurgery.errors import DataError
+from hydrasurgery.files import atomic_write_text
+from hydrasurgery.plan import ModelInfo, json_lines
+
+FORMAT, VERSION = "hydrasurgery-scores", 1
+CRITICAL = 0.01  # paper section 2: an effect above this counts
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One attention layer's shape and the scores of its H query heads.
+
+    Attributes:
+        importance: [H]; for activation patching 1 is the whole effect of the answer, negative means the head hurt it.
+        spread: [H], standard deviation of the importance between pairs.
+        error: [H], relative error of the head's best linear stand-in (0 exact, 1 nothing explained); None unmeasured.
+    """
+
+    name: str
+    num_key_value_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None
+    importance: tuple[float, ...]
+    spread: tuple[float, ...]
+    error: tuple[float, ...] | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.importance)
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scores of every query head of a model, with what is needed to measure them again.
+
+    `print(scores)` lists the top heads, `plot(path)` draws the map, `save`/`load` keep them as JSON.
+    """
+
+    layers: tuple[LayerScores, ...]
+    method: str
+    unit: str = "head"
+    model: ModelInfo = field(default_factory=ModelInfo)
+    seed: int = 0
+    length: tuple[int, ...] = ()
+    pairs: int = 0
+    dropped: tuple[str, ...] = ()
+    replay: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ranking(self) -> list[tuple[int, int]]:
+        """(layer, head) from the most to the least important; ties in order of layer and head."""
+        heads = [(layer, head) for layer, scores in enumerate(self.layers) for head in range(scores.num_heads)]
+        return sorted(heads, key=lambda at: (-self.layers[at[0]].importance[at[1]], at))
+
+    def to_json(self) -> str:
+        """The scores as JSON text, one layer a line; the unit is stated."""
+        head = {"format": FORMAT, "version": VERSION, **vars(self), "model": dict(vars(self.model))}
+        del head["layers"]
+        return json_lines(head, "layers", [dict(vars(layer)) for layer in self.layers])
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "scores") -> HeadScores:
+        """Read `to_json`'s text. DataError names `source` if it is not a score file of this version."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{source}: not JSON ({error}). Give a file written by HeadScores.save.") from error
+        if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
+            raise DataError(
+                f"{source}: not a score file of version {VERSION}. Give one that HeadScores.save wrote, or score again."
+            )
+        fields: dict[str, Any] = {
+            key: tuple(item) if isinstance(item, list) else item
+            for key, item in value.items()
+            if key not in ("format", "version", "layers", "model")
+        }
+        try:
+            scores = cls(
+                layers=tuple(_layer(layer) for layer in value["layers"]), model=ModelInfo(**value["model"]), **fields
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{source}: a field of the scores is missing or unknown ({type(error).__name__}: {error}). Score again."
+            ) from error
+        if scores.unit != "head":
+            raise DataError(f"{source}: scores are per {scores.unit!r}, but plans are made from scores per 'head'.")
+        return scores
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the scores to `path`, whole or not at all."""
+        return atomic_write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadScores:
+        """Read scores that `save` wrote; DataError if the file is missing or is something else."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{os.fspath(path)}: cannot be read as scores ({error}). Check the path.") from error
+        return cls.from_json(text, source=os.fspath(path))
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw layers x heads as a heat map (PNG), the reconstruction error beside it where it was measured.
+
+        Raises:
+            ImportError: matplotlib is missing; the message names the extra.
+        """
+        from hydrasurgery.selection.plots import draw_scores
+
+        return draw_scores(self, path)
+
+    def __str__(self) -> str:
+        critical = sum(value > CRITICAL for layer in self.layers for value in layer.importance)
+        total = sum(layer.num_heads for layer in self.layers)
+        who = self.model.architecture or self.model.model_type or "a model"
+        dropped = f" ({len(self.dropped)} dropped)" if self.dropped else ""
+        lines = [
+            f"Scores of {who}: {len(self.layers)} layers, {total} heads, {self.method}, {self.pairs} pairs{dropped}",
+            f"{critical} heads above {CRITICAL} ({critical / total:.1%})",
+            "",
+            "layer  head  importance  spread   error",
+        ]
+        for layer, head in self.ranking[:SHOWN]:
+            scores = self.layers[layer]
+            error = f"{scores.error[head]:.3f}" if scores.error else "-"
+            lines.append(
+                f"{layer:>5}  {head:>4}  {scores.importance[head]:>10.4f}  {scores.spread[head]:>6.4f}  {error:>6}"
+            )
+        return "\n".join(lines)
+
+
+def _layer(value: dict[str, Any]) -> LayerScores:
+    lists = {key: tuple(map(float, value[key])) for key in ("importance", "spread")}
+    error = None if value["error"] is None else tuple(map(float, value["error"]))
+    sizes = {len(item) for item in (*lists.values(), error) if item is not None}
+    if len(sizes) != 1 or not all(math.isfinite(x) for item in (*lists.values(), error or ()) for x in item):
+        raise ValueError(f"{value['name']} needs one finite number a head")
+    return LayerScores(**{**value, **lists, "error": error})

@@ -1,0 +1,221 @@
+"""Training tokens. Which tokens a step sees is a pure function of the seed, the stage and the step, so that a resumed
+run replays nothing and two runs with equal seeds see equal tokens."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydrasurgery.errors import DataError
+from hydrasurgery.transfer.recipe import Stage
+
+_BLOCK = 1 << 20  # characters tokenised at a time
+IGNORED = -100  # the label of a token that counts in no cross entropy
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """What `distill` draws from.
+
+    `batch` must depend on nothing but its arguments: `step` counts from 0 within the stage, `stage` gives `batch_size`
+    and `length`, `generator` is a CPU generator seeded from (seed, stage, step). It returns `input_ids` [B, T] and, as
+    needed, `attention_mask` [B, T] (1 = a token, 0 = padding), `labels` [B, T] (input_ids with -100 where no cross
+    entropy is wanted; the shift by one happens in the loss), `position_ids` and other arguments of the model's forward.
+    """
+
+    def batch(self, step: int, stage: Stage, generator: torch.Generator) -> Mapping[str, Tensor]: ...
+
+
+def mix_seed(*parts: object) -> int:
+    """A 63-bit seed from `parts`, the same on every machine and in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class TokenStream:
+    """A long run of tokens cut into windows of a stage's length; each epoch visits every window once, in its own order.
+
+    Args:
+        tokens: [N] integers: a tensor, or a numpy array (an `np.memmap` for a corpus larger than memory).
+        seed: decides the order.
+        bos: a token put at the start of every window, for models that expect one; None adds nothing.
+
+    Raises:
+        DataError: `tokens` is empty or not one run of integers; at `batch`, shorter than one window.
+    """
+
+    def __init__(self, tokens: Tensor | np.ndarray, *, seed: int = 0, bos: int | None = None) -> None:
+        self.tokens = tokens.cpu().numpy() if isinstance(tokens, Tensor) else tokens
+        self.seed, self.bos = seed, bos
+        if self.tokens.size == 0:
+            raise DataError("the training data holds no token")
+        if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu":
+            raise DataError(f"tokens must be one run of integers, not {self.tokens.dtype} of shape {self.tokens.shape}")
+
+    def batch(self, step: int, stage: Stage, generator: torch.Generator) -> dict[str, Tensor]:
+        """The batch of `step` in `stage`: {"input_ids": int64 [stage.batch_size, stage.length]}."""
+        width = stage.length - (self.bos is not None)
+        count = self.tokens.size // max(1, width)
+        if count == 0 or width < 1:
+            raise DataError(
+                f"the training data holds {self.tokens.size} tokens, but a sequence of stage {stage.name!r} takes "
+                f"{stage.length}: give more data or a shorter length"
+            )
+        input_ids = torch.empty(stage.batch_size, stage.length, dtype=torch.int64)
+        for row, index in enumerate(range(step * stage.batch_size, (step + 1) * stage.batch_size)):
+            phase, order = _epoch_order(mix_seed(self.seed, stage.name, index // count), count, self.tokens.size, width)
+            start = phase + int(order[index % count]) * width
+            if self.bos is not None:
+                input_ids[row, 0] = self.bos
+            input_ids[row, -width:] = torch.from_numpy(self.tokens[start : start + width].astype(np.int64))
+        return {"input_ids": input_ids}
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, count: int, total: int, width: int) -> tuple[int, Tensor]:
+    """Where an epoch's first window starts and the order in which its windows come."""
+    generator = torch.Generator().manual_seed(seed)
+    phase = int(torch.randint(total - count * width + 1, (), generator=generator))
+    return phase, torch.randperm(count, generator=generator)
+
+
+def as_source(data: Any, *, tokenizer: Any = None, seed: int = 0) -> BatchSource:
+    """Turn what a user has into a `BatchSource`.
+
+    Args:
+        data: an object with `batch`; a tensor or numpy array of tokens (any shape, read in order); a list of token
+            lists; a `datasets.Dataset` with a column `input_ids`; the path of a text file (needs `tokenizer`) or of a
+            `.npy` file of tokens, which is mapped rather than read.
+        tokenizer: reads a text file; when it puts a BOS token first, so does every packed window.
+        seed: decides the order of the windows.
+
+    Raises:
+        DataError: there is no token in `data`, or it is of none of these forms.
+    """
+    if isinstance(data, BatchSource) and not _is_dataset(data):
+        return data
+    return TokenStream(_tokens(data, tokenizer), seed=seed, bos=_leading_bos(tokenizer))
+
+
+def _is_dataset(data: Any) -> bool:
+    """Whether `data` is a `datasets.Dataset` of tokens, which has a `batch` of another meaning."""
+    return "input_ids" in (getattr(data, "column_names", None) or ())
+
+
+def _tokens(data: Any, tokenizer: Any) -> np.ndarray:
+    if isinstance(data, Tensor):
+        return data.reshape(-1).cpu().numpy()
+    if isinstance(data, np.ndarray):
+        return data.reshape(-1)
+    if isinstance(data, (str, os.PathLike)):
+        return _file_tokens(Path(data), tokenizer)
+    if _is_dataset(data):
+        return _concatenate(row["input_ids"] for row in data)
+    if isinstance(data, Sequence):
+        return _concatenate(data)
+    raise DataError(
+        f"cannot train on a {type(data).__name__}: give an object with batch(step, stage, generator), tokens, "
+        "a Dataset with a column 'input_ids', or the path of a text file"
+    )
+
+
+def _concatenate(documents: Iterable[Any]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int32), *map(_run, documents)])
+
+
+def _run(ids: Any) -> np.ndarray:
+    """A document's ids as one int32 run, since a vocabulary never needs more and a corpus is long."""
+    try:
+        return np.asarray(ids, np.int32).reshape(-1)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"the training data is not made of lists of token ids: {error}") from error
+
+
+def _file_tokens(path: Path, tokenizer: Any) -> np.ndarray:
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
+        if tokenizer is None:
+            raise DataError(f"{path} is text: pass tokenizer=")
+        encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+        return _concatenate(encode(block)["input_ids"] for block in _text_blocks(path))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as training data: {error}") from error
+
+
+def _text_blocks(path: Path) -> Iterator[str]:
+    """The file's text in blocks that end at a line's end."""
+    with path.open(encoding="utf-8") as stream:
+        while lines := stream.readlines(_BLOCK):
+            yield "".join(lines)
+
+
+def _leading_bos(tokenizer: Any) -> int | None:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on.
+
+    Attributes:
+        inputs: arguments of the model's forward, `input_ids` [B, T] among them.
+        mask: bool [B, T], True for tokens that count (not padding).
+        labels: [B, T] token ids, -100 where no cross entropy is wanted; not shifted.
+    """
+
+    inputs: dict[str, Any]
+    mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
+        return Batch(inputs, self.mask.to(device), self.labels.to(device))
+
+    def split(self, size: int | None) -> Iterator[Batch]:
+        """The batch in pieces of at most `size` sequences; None leaves it whole."""
+        rows = self.mask.shape[0]
+        for start in range(0, rows, size or rows):
+            part = slice(start, start + (size or rows))
+            whole = {
+                name: value[part] if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows else value
+                for name, value in self.inputs.items()
+            }
+            yield Batch(whole, self.mask[part], self.labels[part])
+
+
+def draw(source: BatchSource, step: int, stage: Stage, seed: int, index: int = 0) -> Batch:
+    """The checked batch of `step` (from 0) in stage number `index` of a recipe.
+
+    Raises:
+        DataError: the batch is empty, is nothing but padding, or its shapes disagree.
+    """
+    generator = torch.Generator().manual_seed(mix_seed(seed, "data", index, step))
+    inputs = dict(source.batch(step, stage, generator))
+    where = f"the batch of stage {stage.name!r}, step {step}"
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim != 2 or ids.numel() == 0:
+        raise DataError(f"{where} must hold input_ids [batch, length] with at least one token")
+    padding = inputs.get("attention_mask")
+    mask = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()
+    labels = inputs.pop("labels", None)
+    labels = ids if labels is None else labels
+    if mask.shape != ids.shape or labels.shape != ids.shape:
+        raise DataError(
+            f"{where}: input_ids {list(ids.shape)}, attention_mask {list(mask.shape)} and labels "
+            f"{list(labels.shape)} must have the same shape"
+        )
+    if not mask.any():
+        raise DataError(f"{where} is nothing but padding")
+    return Batch(inputs, mask, labels.masked_fill(~mask, IGNORED))

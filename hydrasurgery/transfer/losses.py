@@ -1,0 +1,191 @@
+"""The losses of the transfer, and the split of a language model into backbone and head that keeps them small."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hydrasurgery.transfer.data import IGNORED, Batch
+
+_CHUNK_ELEMENTS = 1 << 26  # of one fp32 [tokens, vocabulary] matrix: 256 MiB
+
+
+class SplitModel:
+    """A causal language model run in two halves: hidden states of all tokens, then logits of a few at a time.
+
+    The head is the model's own forward with the backbone standing still, so whatever a family does to its logits
+    (soft caps, scales) is included. A model that cannot be split so, or whose halves do not give what the whole gives,
+    counts as all backbone: its "hidden states" are the logits.
+
+    Attributes:
+        model: the whole model.
+        backbone: the module that gives the hidden states; `model` itself if there is no split.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.backbone = model
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        if decoder is not None and decoder is not model and self._halves_agree(decoder):
+            self.backbone = decoder
+
+    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Hidden states [B, T, hidden] after the final norm (logits [B, T, vocabulary] without a split)."""
+        if hasattr(self.model, "get_decoder"):
+            output = self.backbone(**inputs, use_cache=False)
+            return output.logits if self.backbone is self.model else output.last_hidden_state
+        extra = {name: value for name, value in inputs.items() if name != "input_ids"}
+        output = self.model(inputs["input_ids"], **extra)  # a plain module may call its first argument anything
+        return output if isinstance(output, Tensor) else output[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, vocabulary] of the hidden states [N, hidden]."""
+        if self.backbone is self.model:
+            return hidden
+        with _standing_still(self.backbone, self._output(last_hidden_state=hidden[None])):
+            return self.model(input_ids=None, use_cache=False).logits[0]
+
+    def _halves_agree(self, decoder: nn.Module) -> bool:
+        ids = torch.ones(1, 2, dtype=torch.int64, device=next(self.model.parameters()).device)
+        inputs = {"input_ids": ids, "attention_mask": ids, "use_cache": False}
+        with evaluating(self.model), torch.no_grad():
+            whole = self.model(**inputs).logits
+            try:
+                output = decoder(**inputs)
+                self._output = type(output)
+                with _standing_still(decoder, self._output(last_hidden_state=output.last_hidden_state)):
+                    halves = self.model(input_ids=None, use_cache=False).logits
+                if torch.allclose(halves, whole, rtol=1e-3, atol=1e-3, equal_nan=True):
+                    return True
+                reason = "they give other logits"
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                reason = str(error)
+        warnings.warn(
+            f"{type(self.model).__name__} cannot be run as backbone and head ({reason}): the logits of a whole batch "
+            "are held at once, so use a small micro_batch",
+            stacklevel=2,
+        )
+        return False
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _standing_still(backbone: nn.Module, output: Any) -> Iterator[None]:
+    """Within the block a call of `backbone` returns `output`."""
+    before = vars(backbone).get("forward")
+    backbone.forward = lambda *_, **__: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del backbone.forward
+        if before is not None:
+            backbone.forward = before  # type: ignore[method-assign]
+
+
+def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """|output - target|^2 / |target|^2 over the tokens of `mask` (paper section 4), in fp32.
+
+    Args:
+        output: [B, T, hidden], what the hybrid layer gives.
+        target: [B, T, hidden], what the teacher's layer gives.
+        mask: bool [B, T], True for tokens that count.
+    """
+    output, target = output[mask].float(), target[mask].float()
+    return (output - target).square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def language_loss(
+    student: SplitModel,
+    teacher: SplitModel | None,
+    batch: Batch,
+    *,
+    ce_weight: float = 0.0,
+    totals: tuple[int, int] | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """mean KL(teacher || student) + ce_weight * mean cross entropy, without ever holding all logits (paper section 4).
+
+    The KL is the mean over tokens of `batch.mask` of sum_v p_teacher(v) (log p_teacher(v) - log p_student(v)); the
+    cross entropy the mean over tokens whose *next* label counts. Only `chunk` tokens have logits at a time: each chunk
+    is recomputed in the backward pass, so values and gradients are those of the plain loss up to rounding.
+
+    Args:
+        student: the model that is trained.
+        teacher: the model it follows; None leaves the KL out.
+        batch: tokens, mask and labels.
+        ce_weight: the cross entropy's weight.
+        totals: (tokens of the KL, tokens of the cross entropy) to divide by, when `batch` is a piece of a step.
+        chunk: tokens with logits at a time; None takes as many as fill 256 MiB.
+
+    Returns:
+        The loss, a scalar with a gradient, and its parts without: `ce`, and `kl` if there is a teacher.
+    """
+    targets = next_labels(batch.labels)
+    kl_total, ce_total = totals or loss_totals(batch)
+    rows = ((batch.mask if teacher is not None else False) | (targets != IGNORED)).reshape(-1).nonzero().squeeze(-1)
+    hidden = student.hidden(batch.inputs)
+    pieces = [hidden.flatten(0, 1)[rows], targets.reshape(-1)[rows], batch.mask.reshape(-1)[rows]]
+    if teacher is not None:
+        with torch.no_grad():
+            pieces.append(teacher.hidden(batch.inputs).flatten(0, 1)[rows])
+    size = chunk or max(1, _CHUNK_ELEMENTS // _vocabulary(student, hidden))
+    kl = ce = hidden.new_zeros((), dtype=torch.float32)
+    for piece in zip(*(tensor.split(size) for tensor in pieces), strict=True):
+        part = checkpoint(_token_sums, student, teacher, *piece, use_reentrant=False, preserve_rng_state=False)
+        kl, ce = kl + part[0], ce + part[1]
+    kl, ce = kl / max(1, kl_total), ce / max(1, ce_total)
+    if teacher is None:
+        return ce_weight * ce, {"ce": ce.detach()}
+    return kl + ce_weight * ce, {"kl": kl.detach(), "ce": ce.detach()}
+
+
+def loss_totals(batch: Batch) -> tuple[int, int]:
+    """How many tokens of `batch` count in the KL and in the cross entropy."""
+    return int(batch.mask.sum()), int((next_labels(batch.labels) != IGNORED).sum())
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """[B, T] labels -> for each position the label of the next one, -100 at the end."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _vocabulary(model: SplitModel, hidden: Tensor) -> int:
+    with torch.no_grad():
+        return model.logits(hidden[:1, 0]).shape[-1]
+
+
+def _token_sums(
+    student: SplitModel,
+    teacher: SplitModel | None,
+    hidden: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    teacher_hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums over a chunk of tokens: (KL where `mask`, cross entropy where `targets`), in fp32 whatever the autocast."""
+    log_student = student.logits(hidden).float().log_softmax(-1)
+    ce = F.nll_loss(log_student, targets, ignore_index=IGNORED, reduction="sum")
+    if teacher is None or teacher_hidden is None:
+        return torch.zeros_like(ce), ce
+    with torch.no_grad():
+        log_teacher = teacher.logits(teacher_hidden).float().log_softmax(-1)
+    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    return (kl * mask).sum(), ce

@@ -1,0 +1,193 @@
+"""Recipes of the transfer as data: which stages run, on how many tokens, at which learning rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hydrasurgery.errors import RecipeError
+from hydrasurgery.files import atomic_write_json
+
+StageName = Literal["align", "distil", "lengthen"]
+_POSITIVE = ("batch_size", "length", "micro_batch", "steps", "tokens", "clip", "lr")
+_NOT_NEGATIVE = ("lr_end", "warmup", "weight_decay", "ce_weight", "body_lr")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the transfer (paper section 4).
+
+    Attributes:
+        name: `align` fits each hybrid attention layer to the teacher's on the teacher's own hidden states, `distil`
+            minimises KL(teacher || student) + `ce_weight` * cross entropy, `lengthen` minimises the cross entropy.
+        batch_size: sequences an optimiser step.
+        length: tokens a sequence.
+        lr: learning rate after the warm-up; it falls to `lr_end` along half a cosine (equal values: constant).
+        lr_end: learning rate of the last step.
+        steps: optimiser steps. Give either this or `tokens`.
+        tokens: tokens of the whole stage, rounded up to whole steps.
+        warmup: steps in which the rate rises linearly to `lr`.
+        betas: AdamW's averaging factors.
+        weight_decay: AdamW's decoupled weight decay.
+        clip: the gradient's largest 2-norm; None leaves it as it is.
+        ce_weight: weight of the cross entropy beside the KL in `distil`.
+        body_lr: factor on the rate for parameters outside the attention regions; 0 freezes them.
+        trainable: `all`, or `additions`: parameters of the region modules that the teacher does not have, while the
+            rest stays shared with the teacher. `align` always trains the additions.
+        freeze_full_qk: leave the query and key projections of full heads as they are (QK-Restore).
+        micro_batch: sequences a forward pass, the gradient being accumulated over the batch; None takes all at once.
+
+    Raises:
+        RecipeError: a field is out of range.
+    """
+
+    name: StageName
+    batch_size: int
+    length: int
+    lr: float
+    lr_end: float
+    steps: int | None = None
+    tokens: int | None = None
+    warmup: int = 50
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    ce_weight: float = 0.0
+    body_lr: float = 1.0
+    trainable: Literal["additions", "all"] = "all"
+    freeze_full_qk: bool = False
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.name not in ("align", "distil", "lengthen"):
+            raise RecipeError(f"stage {self.name!r}: the name must be 'align', 'distil' or 'lengthen'")
+        if self.name == "align":
+            object.__setattr__(self, "trainable", "additions")
+        if self.trainable not in ("additions", "all"):
+            raise RecipeError(f"stage {self.name!r}: trainable must be 'additions' or 'all', not {self.trainable!r}")
+        if (self.steps is None) == (self.tokens is None):
+            raise RecipeError(f"stage {self.name!r}: give either steps or tokens")
+        for field in (*_POSITIVE, *_NOT_NEGATIVE):
+            value = getattr(self, field)
+            if value is not None and (value < 0 or (value == 0 and field in _POSITIVE)):
+                bound = "positive" if field in _POSITIVE else "0 or more"
+                raise RecipeError(f"stage {self.name!r}: {field} must be {bound}, not {value}")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the stage."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return math.ceil(self.tokens / (self.batch_size * self.length))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step` (from 0): linear warm-up, then half a cosine from `lr` to `lr_end`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.num_steps - 1 - self.warmup)
+        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in the order in which they run, and what they have in common.
+
+    Attributes:
+        name: a label for the user.
+        stages: the stages.
+        autocast: `bfloat16` runs the forward passes under autocast; weights and optimiser state keep the parameters'
+            own dtype. None computes in that dtype throughout.
+        checkpoint_every: steps between checkpoints; the end of a stage always has one.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    autocast: Literal["bfloat16"] | None = None
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages:
+            raise RecipeError(f"recipe {self.name!r} has no stage")
+        if self.autocast not in (None, "bfloat16"):
+            raise RecipeError(f"recipe {self.name!r}: autocast must be 'bfloat16' or None, not {self.autocast!r}")
+        if self.checkpoint_every < 1:
+            raise RecipeError(f"recipe {self.name!r}: checkpoint_every must be positive, not {self.checkpoint_every}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data; `from_json` reads it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from `to_json`'s data.
+
+        Raises:
+            RecipeError: a field is missing, unknown or out of range.
+        """
+        try:
+            stages = tuple(Stage(**stage) for stage in data["stages"])
+            return cls(**{**data, "stages": stages})
+        except (KeyError, TypeError) as error:
+            raise RecipeError(f"not a recipe: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the recipe to `path` as JSON."""
+        return atomic_write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe that `save` wrote.
+
+        Raises:
+            RecipeError: the file is missing or holds no recipe.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{os.fspath(path)} cannot be read as a recipe: {error}") from error
+
+
+RECIPES: dict[str, Recipe] = {
+    "hydrahead": Recipe(
+        "hydrahead",
+        (
+            Stage("align", batch_size=32, length=512, tokens=300_000_000, lr=1e-3, lr_end=1e-5),
+            Stage("distil", batch_size=96, length=512, tokens=1_000_000_000, lr=1e-4, lr_end=1e-5, micro_batch=16),
+            Stage("lengthen", batch_size=128, length=16384, tokens=1_000_000_000, lr=1e-5, lr_end=1e-5, micro_batch=1),
+        ),
+        autocast="bfloat16",
+    ),
+    "demo": Recipe(
+        "demo",
+        (
+            Stage("align", batch_size=4, length=512, steps=60, lr=1e-2, lr_end=1e-3, warmup=5),
+            Stage("distil", batch_size=4, length=512, steps=160, lr=2e-3, lr_end=1e-4, warmup=10),
+        ),
+        checkpoint_every=50,
+    ),
+}
+
+
+def get_recipe(recipe: str | os.PathLike[str] | Recipe) -> Recipe:
+    """Return `recipe` itself, the preset of that name, or the recipe in the JSON file of that path.
+
+    Raises:
+        RecipeError: there is neither a preset nor a file of that name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    name = os.fspath(recipe)
+    if name in RECIPES:
+        return RECIPES[name]
+    if not Path(name).is_file():
+        raise RecipeError(f"no recipe {name!r}: give one of {', '.join(RECIPES)}, or the path of a recipe's JSON file")
+    return Recipe.load(name)

@@ -1,0 +1,346 @@
+"""`distill`: the three stages of the transfer, one loop for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydrasurgery.errors import DivergedError, PlanError
+from hydrasurgery.regions import CACHE_ARGUMENTS, region_modules
+from hydrasurgery.transfer.checkpoints import Position, RunFolder
+from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw, mix_seed
+from hydrasurgery.transfer.losses import SplitModel, evaluating, language_loss, loss_totals, relative_error
+from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
+from hydrasurgery.transfer.trainable import trainable_names, unshare
+
+Record = dict[str, Any]
+Objective = Callable[[Batch], dict[str, Tensor]]  # adds to the gradients, returns a step's losses ("loss" among them)
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """What `distill` returns.
+
+    Attributes:
+        history: one record a step, of earlier sessions of the run too: `stage`, `stage_index`, `step` (from 1), `loss`
+            (with `kl` and `ce` where they apply), `lr`, `grad_norm`, `tokens`, `seconds`.
+        checkpoint: the last checkpoint, or None if nothing was written.
+    """
+
+    history: list[Record]
+    checkpoint: Path | None
+
+    def losses(self, stage: str) -> list[float]:
+        """The loss of every step of the stages called `stage`."""
+        return [record["loss"] for record in self.history if record["stage"] == stage]
+
+
+def distill(
+    hybrid: nn.Module,
+    teacher: nn.Module | None,
+    data: Any,
+    *,
+    recipe: str | os.PathLike[str] | Recipe = "hydrahead",
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    seed: int = 0,
+    tokenizer: Any = None,
+    progress: bool = True,
+    callback: Callable[[Record], None] | None = None,
+) -> TransferResult:
+    """Train a hybrid to follow its teacher (paper section 4); the teacher comes out bit for bit as it went in.
+
+    `align`: every hybrid attention layer runs on the hidden states that the teacher's layer sees, loss
+    mean over layers of |y^ - y|^2 / |y|^2. `distil`: KL(teacher || student) + ce_weight * cross entropy on the logits.
+    `lengthen`: cross entropy. Before a stage trains everything, the hybrid gets its own copies of what it shares.
+
+    Args:
+        hybrid: what `rewrite(teacher, plan)` gave; trained in place, on the device it is on.
+        teacher: the model it follows; None if no stage needs one (`lengthen` alone).
+        data: a source of batches or tokens; see `hydrasurgery.transfer.as_source`.
+        recipe: a preset's name ("hydrahead", "demo"), a `Recipe`, or the path of one saved as JSON.
+        out: a folder for metrics and checkpoints; None writes nothing.
+        resume: go on from the last checkpoint in `out`. False removes the metrics and checkpoints of an earlier run.
+        seed: decides the data's order and dropout; runs with equal seeds see equal tokens.
+        tokenizer: needed if `data` is a text file.
+        progress: show a progress bar with the loss, the rate and tokens per second.
+        callback: called with the record of every step.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite; the last good checkpoint is kept and named.
+        DataError, RecipeError, CheckpointError, PlanError: naming what does not fit.
+    """
+    recipe = get_recipe(recipe)
+    _check_models(hybrid, teacher, recipe)
+    source = as_source(data, tokenizer=tokenizer, seed=seed)
+    run = _Run(hybrid, teacher, source, recipe, seed, None if out is None else RunFolder(out, recipe, seed), callback)
+    with _left_as_found(hybrid, teacher), _progress(progress) as show:
+        begin = run.begin(resume)
+        for index in range(begin.stage, len(recipe.stages)):
+            run.stage(index, begin.step if index == begin.stage else 0, show)
+    return TransferResult(run.history, run.checkpoint)
+
+
+@dataclass
+class _Run:
+    """One call of `distill`: what stays the same over its stages, and what it has done so far."""
+
+    hybrid: nn.Module
+    teacher: nn.Module | None
+    source: BatchSource
+    recipe: Recipe
+    seed: int
+    folder: RunFolder | None
+    callback: Callable[[Record], None] | None
+
+    def __post_init__(self) -> None:
+        self.history: list[Record] = []
+        self.checkpoint: Path | None = None
+
+    def begin(self, resume: bool) -> Position:
+        """Load the last checkpoint if there is one and it is wanted."""
+        if self.folder is None:
+            return Position()
+        self.checkpoint = self.folder.latest() if resume else None
+        if self.checkpoint is None:
+            self.folder.start()
+            return Position()
+        position = self.folder.restore(self.checkpoint, self.hybrid, self.teacher)
+        self.history = self.folder.history(position)
+        self.recipe.save(self.folder.path / "recipe.json")
+        return position
+
+    def stage(self, index: int, first: int, show: Callable[..., None]) -> None:
+        """Run stage number `index` from step `first` to its end."""
+        stage = self.recipe.stages[index]
+        if first == stage.num_steps:
+            return
+        if stage.trainable == "all" and self.teacher is not None:
+            unshare(self.hybrid, self.teacher)
+        optimizer = _optimizer(self.hybrid, self.teacher, stage)
+        if first and self.folder is not None and self.checkpoint is not None:
+            self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer)
+        objective = _objective(self.hybrid, self.teacher, stage)
+        for step in range(first, stage.num_steps):
+            record = self._step(index, step, optimizer, objective)
+            show(stage, record)
+            self.history.append(record)
+            if self.folder is not None:
+                self.folder.append(record)
+                self._save(Position(index, step + 1), optimizer)
+            if self.callback is not None:
+                self.callback(record)
+        optimizer.zero_grad(set_to_none=True)
+
+    def _save(self, at: Position, optimizer: torch.optim.Optimizer) -> None:
+        stage = self.recipe.stages[at.stage]
+        done = at.step == stage.num_steps
+        if self.folder is None or not (done or at.step % self.recipe.checkpoint_every == 0):
+            return
+        if not all(parameter.isfinite().all() for group in optimizer.param_groups for parameter in group["params"]):
+            raise DivergedError(self._diverged(stage, at.step, "a parameter is not finite"))
+        self.checkpoint = self.folder.save(at, self.hybrid, self.teacher, None if done else optimizer)
+
+    def _step(self, index: int, step: int, optimizer: torch.optim.Optimizer, objective: Objective) -> Record:
+        stage, started = self.recipe.stages[index], time.perf_counter()
+        device = next(self.hybrid.parameters()).device
+        batch = draw(self.source, step, stage, self.seed, index).to(device)
+        optimizer.zero_grad(set_to_none=True)
+        with _randomness(mix_seed(self.seed, "step", index, step), device), _autocast(self.recipe.autocast, device):
+            losses = {name: value.item() for name, value in objective(batch).items()}
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, math.inf if stage.clip is None else stage.clip).item()
+        if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
+            raise DivergedError(self._diverged(stage, step + 1, f"loss {losses['loss']}, gradient norm {norm}"))
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate(step) * group["factor"]
+        optimizer.step()
+        place = {"stage": stage.name, "stage_index": index, "step": step + 1}
+        pace = {"tokens": int(batch.mask.sum()), "seconds": round(time.perf_counter() - started, 4)}
+        return {**place, **losses, "lr": stage.rate(step), "grad_norm": norm, **pace}
+
+    def _diverged(self, stage: Stage, step: int, what: str) -> str:
+        kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
+        return (
+            f"stage {stage.name!r}, step {step}: {what}; {kept}. Lower the stage's lr or its clip, or check the data, "
+            "and call distill again with a hybrid rewritten afresh"
+        )
+
+
+def _check_models(hybrid: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> None:
+    if teacher is None:
+        needing = [stage.name for stage in recipe.stages if stage.name != "lengthen"]
+        if needing:
+            raise PlanError(f"stage {needing[0]!r} needs a teacher")
+        return
+    if hybrid is teacher:
+        raise PlanError("hybrid and teacher are the same object: pass hybrid=rewrite(teacher, plan)")
+    modules = dict(teacher.named_modules())
+    for name in region_modules(hybrid):
+        if name not in modules:
+            raise PlanError(f"{name} is a region of the hybrid, but the teacher has no module of that name")
+
+
+def _optimizer(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW over what the stage trains; nothing else of either model asks for a gradient."""
+    regions, body = trainable_names(hybrid, teacher, stage)
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr": 0.0, "factor": 1.0},
+        {"params": [], "lr": 0.0, "factor": stage.body_lr},
+    ]
+    for name, parameter in hybrid.named_parameters():
+        parameter.requires_grad_(name in regions or name in body)
+        if parameter.requires_grad:
+            groups[name in body]["params"].append(parameter)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained):
+        warnings.warn(
+            f"stage {stage.name!r} trains half-precision parameters, which lose updates smaller than about 1/256 of a "
+            "weight; load the model in float32 and set the recipe's autocast instead",
+            stacklevel=5,
+        )
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], betas=stage.betas, weight_decay=stage.weight_decay
+    )
+
+
+def _objective(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> Objective:
+    if stage.name == "align":
+        assert teacher is not None
+        return _Align(hybrid, teacher, stage.micro_batch)
+    follows = SplitModel(teacher) if teacher is not None and stage.name == "distil" else None
+    return _Follow(SplitModel(hybrid), follows, stage)
+
+
+class _Follow:
+    """Stages two and three: the loss on logits, over the micro-batches of a step."""
+
+    def __init__(self, student: SplitModel, teacher: SplitModel | None, stage: Stage) -> None:
+        self.student, self.teacher, self.micro_batch = student, teacher, stage.micro_batch
+        self.ce_weight = 1.0 if teacher is None else stage.ce_weight
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        totals, sums = loss_totals(batch), {}
+        for piece in batch.split(self.micro_batch):
+            loss, parts = language_loss(self.student, self.teacher, piece, ce_weight=self.ce_weight, totals=totals)
+            loss.backward()
+            _add(sums, {"loss": loss.detach(), **parts})
+        return sums
+
+
+class _Align:
+    """Stage one: the teacher's backbone runs once, and each hybrid layer learns from what passes the teacher's layer.
+
+    A layer's backward pass follows its forward pass at once, so only one layer's activations live at a time, and the
+    hybrid's own backbone never runs.
+    """
+
+    def __init__(self, hybrid: nn.Module, teacher: nn.Module, micro_batch: int | None) -> None:
+        self.teacher, self.micro_batch = SplitModel(teacher), micro_batch
+        regions = region_modules(hybrid).items()
+        self.regions = {n: region for n, region in regions if any(p.requires_grad for p in region.parameters())}
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        total, sums = batch.mask.sum(), {}
+        for piece in batch.split(self.micro_batch):
+            _add(sums, {"loss": self._layers(piece, piece.mask.sum() / total)})
+        return sums
+
+    def _layers(self, batch: Batch, share: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+
+        def follow(region: nn.Module) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                with torch.enable_grad():
+                    error = relative_error(_first(region(*args, **_uncached(kwargs))), _first(output), batch.mask)
+                    loss = error * share / len(self.regions)
+                    loss.backward()
+                losses.append(loss.detach())
+
+            return hook
+
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for name, region in self.regions.items():
+                handle = self.teacher.model.get_submodule(name).register_forward_hook(follow(region), with_kwargs=True)
+                hooks.callback(handle.remove)
+            self.teacher.hidden(batch.inputs)
+        return torch.stack(losses).sum()
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if name in CACHE_ARGUMENTS else value for name, value in kwargs.items()}
+
+
+def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+    for name, value in parts.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+@contextlib.contextmanager
+def _randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout of one step from `seed`, so that it needs no saving; the caller's generators stay as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+@contextlib.contextmanager
+def _left_as_found(hybrid: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+    """Train and eval modes for the block; afterwards modes and `requires_grad` are what they were, gradients gone."""
+    models = [model for model in (hybrid, teacher) if model is not None]
+    flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in models]
+    with contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        hybrid.train()
+        try:
+            yield
+        finally:
+            for model, flag in zip(models, flags, strict=True):
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(flag[name])
+                    parameter.grad = None
+
+
+@contextlib.contextmanager
+def _progress(enabled: bool) -> Iterator[Callable[..., None]]:
+    """Yield `show(stage, record)`, which moves the bar of the stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    bars: dict[int, Any] = {}
+    with Progress(*columns, TimeRemainingColumn(), disable=not enabled) as bar:
+
+        def show(stage: Stage, record: Record) -> None:
+            pace = record["tokens"] / max(record["seconds"], 1e-9)
+            text = f"loss {record['loss']:.4g}  lr {record['lr']:.2e}  {pace:,.0f} tokens/s"
+            if record["stage_index"] not in bars:
+                bars[record["stage_index"]] = bar.add_task(stage.name, total=stage.num_steps, text=text)
+            bar.update(bars[record["stage_index"]], completed=record["step"], text=text)
+
+        yield show

@@ -1,0 +1,116 @@
+"""Which parameters a stage trains, and when a hybrid stops sharing its parameters with the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import fx, nn
+
+from hydrasurgery.errors import PlanError
+from hydrasurgery.raising import ATTENTION
+from hydrasurgery.regions import RegionModule, region_modules
+from hydrasurgery.transfer.recipe import Stage
+
+
+def shared_names(hybrid: nn.Module, teacher: nn.Module | None) -> set[str]:
+    """Names of the hybrid's parameters that are, by identity, parameters of the teacher."""
+    owned = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
+    return {name for name, parameter in hybrid.named_parameters() if id(parameter) in owned}
+
+
+def region_names(hybrid: nn.Module) -> set[str]:
+    """Names of all parameters inside the hybrid's attention regions."""
+    inside = {id(parameter) for region in region_modules(hybrid).values() for parameter in region.parameters()}
+    return {name for name, parameter in hybrid.named_parameters() if id(parameter) in inside}
+
+
+def addition_names(hybrid: nn.Module, teacher: nn.Module | None) -> set[str]:
+    """Names of the region parameters that the teacher does not have: what `align` trains."""
+    return region_names(hybrid) - shared_names(hybrid, teacher)
+
+
+def full_query_key_names(hybrid: nn.Module) -> set[str]:
+    """Names of the projections that the full heads' queries and keys come from, read off each region's graph.
+
+    Where a linear head reads the same projection, it is frozen for that head too.
+
+    Raises:
+        PlanError: a region computes its values from the same matrix.
+    """
+    frozen: set[str] = set()
+    for path, region in region_modules(hybrid).items():
+        for node in region.graph.find_nodes(op="call_function", target=ATTENTION):
+            projections = _matrices_behind(region, node.args[:2])
+            fused = projections & _matrices_behind(region, node.args[2:3])
+            if fused:
+                raise PlanError(
+                    f"{path}.{min(fused)} holds queries, keys and values in one matrix, of which "
+                    "freeze_full_qk cannot freeze a part; turn it off"
+                )
+            frozen |= {f"{path}.{name}" for name in projections}
+    return frozen
+
+
+def _matrices_behind(region: RegionModule, nodes: Iterable[Any]) -> set[str]:
+    """Names of the matrices that `nodes` of the region's graph are computed from."""
+    queue, seen, names = [node for node in nodes if isinstance(node, fx.Node)], set(), set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        queue.extend(node.all_input_nodes)
+        if node.op in ("call_module", "get_attr"):
+            inside = f"{node.target}."
+            names |= {n for n, p in region.named_parameters() if p.ndim > 1 and f"{n}.".startswith(inside)}
+    return names
+
+
+def trainable_names(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> tuple[set[str], set[str]]:
+    """Names of the parameters that `stage` trains: (inside the attention regions, in the body).
+
+    Raises:
+        PlanError: nothing is left to train.
+    """
+    inside = region_names(hybrid)
+    names = {name for name, _ in hybrid.named_parameters()}
+    if stage.trainable == "additions":
+        names = addition_names(hybrid, teacher)
+    if stage.freeze_full_qk:
+        names -= full_query_key_names(hybrid)
+    if not stage.body_lr:
+        names &= inside
+    if not names:
+        raise PlanError(f"stage {stage.name!r} has nothing to train: the plan turns no head linear")
+    return names & inside, names - inside
+
+
+def unshare(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
+    """Give the hybrid its own copy of every parameter that it shares with the teacher, in place.
+
+    Parameters tied to each other stay tied: one copy takes the place of one original wherever it occurs.
+
+    Returns:
+        The names of the parameters that were shared.
+
+    Raises:
+        PlanError: a module is part of both models, so that no copy could be the hybrid's alone.
+    """
+    names = shared_names(hybrid, teacher)
+    originals = {id(parameter): parameter for parameter in teacher.parameters()}
+    both = {id(module) for module in teacher.modules()}
+    copies: dict[int, nn.Parameter] = {}
+    # `restore` brings the original attention modules back, so what they own themselves is unshared with the rest.
+    replaced = ((name, region.original) for name, region in region_modules(hybrid).items() if region.original)
+    for path, module in chain(hybrid.named_modules(), replaced):
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in originals:
+                continue
+            if id(module) in both:
+                raise PlanError(f"{path or 'the model'} is one module in hybrid and teacher: rewrite the teacher again")
+            if id(parameter) not in copies:
+                copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            module._parameters[key] = copies[id(parameter)]
+    return names

@@ -1,0 +1,1 @@
+"""Linear attention kernels (linear, gated, delta and gated delta rule)."""

@@ -1,0 +1,1 @@
+"""Kernels that normalise linear heads and put every head in its own slot."""

@@ -1,0 +1,26 @@
+"""canonicalize-attention: `F.scaled_dot_product_attention` and the Hugging Face interface become `hydra::attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hydrasurgery.passes.base import Pass, PassResult, register
+from hydrasurgery.raising import ATTENTION, raise_attention
+from hydrasurgery.regions import Region
+
+
+@register
+@dataclass(frozen=True)
+class CanonicalizeAttention(Pass):
+    """Exactly one `hydra::attention` node a region, its mask straight from the call."""
+
+    name: ClassVar[str] = "canonicalize-attention"
+
+    def run(self, region: Region) -> PassResult:
+        modified = raise_attention(region.name, region.graph)
+        return PassResult(region, modified)
+
+    def ensures(self, region: Region) -> None:
+        count = len(region.find(ATTENTION))
+        self.promise(region, count == 1, f"{count} attention nodes where one was expected")

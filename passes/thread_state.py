@@ -1,0 +1,74 @@
+"""thread-state: kept KV heads, convolution inputs and recurrent states go through the region's cache layer."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from hydrasurgery.passes.base import Pass, PassResult, register, source
+from hydrasurgery.passes.linearize_heads import CONV, LINEAR
+from hydrasurgery.regions import ATTENTION, Region
+from hydrasurgery.state import count_tokens, extend_kv, read_state, write_state
+
+STATE_ARGUMENT = {CONV: 2, LINEAR: 5}
+
+
+@register
+@dataclass(frozen=True)
+class ThreadState(Pass):
+    """Adds an input `state` (the cache layer or None) and reads and writes it; without a cache nothing changes."""
+
+    name: ClassVar[str] = "thread-state"
+
+    def requires(self, region: Region) -> None:
+        kinds = [n.meta.get("kind") for n in region.find(ATTENTION)]
+        self.need(region, None not in kinds, "run split-heads first: attention nodes have no kind")
+        self.need(region, not self._threaded(region), "the state is threaded already")
+
+    @staticmethod
+    def _threaded(region: Region) -> bool:
+        return any(n.op == "placeholder" and n.target == "state" for n in region.graph.nodes)
+
+    def run(self, region: Region) -> PassResult:
+        graph = region.graph
+        hidden = source(region)
+        last_input = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last_input):
+            state = graph.placeholder("state")
+        if region.full_heads:
+            self._extend(graph, state)
+        else:
+            with graph.inserting_after(state):
+                graph.call_function(count_tokens, (state, hidden))
+        for node in [n for n in graph.nodes if n.meta.get("state")]:
+            name = node.meta["state"]
+            with graph.inserting_before(node):
+                read = graph.call_function(read_state, (state, name))
+            node.update_arg(STATE_ARGUMENT[node.target], read)
+            with graph.inserting_after(node):
+                new = graph.call_function(operator.getitem, (node, 1))
+            with graph.inserting_after(new):
+                graph.call_function(write_state, (state, name, new))
+        return PassResult(region, True)
+
+    @staticmethod
+    def _extend(graph: fx.Graph, state: fx.Node) -> None:
+        keys = next(n for n in graph.nodes if n.meta.get("role") == "kept-keys")
+        values = next(n for n in graph.nodes if n.meta.get("role") == "kept-values")
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        later = max(keys, values, key=order.__getitem__)
+        with graph.inserting_after(later):
+            pair = graph.create_node("call_function", extend_kv, (state, keys, values), None, "kv")
+        with graph.inserting_after(pair):
+            all_values = graph.create_node("call_function", operator.getitem, (pair, 1), None, "v_all")
+        with graph.inserting_after(pair):
+            all_keys = graph.create_node("call_function", operator.getitem, (pair, 0), None, "k_all")
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        for old, new in ((keys, all_keys), (values, all_values)):
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[all_values])
+
+    def ensures(self, region: Region) -> None:
+        self.promise(region, self._threaded(region), "the graph has no state input")

@@ -1,0 +1,160 @@
+"""Surgery over model families, one line a family: exactness of capture, stitch and restore; meaning of the hybrids."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import hydrasurgery as hs
+from hydrasurgery.plan import LayerPlan, Plan
+from tests.families import FAMILIES, PLAIN, PlainDecoder, tiny
+
+HYBRIDS = (
+    "llama qwen2 qwen3 mistral mixtral olmo2 phi phi3 gemma2 gemma3_text gpt2 gpt_neox cohere2 granite smollm3 glm4 exaone4 opt"
+).split()
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def half_plan(model: torch.nn.Module, kinds: tuple[str, ...] = ("full", "linear", "linear", "full")) -> Plan:
+    """Two of four heads linear in every layer."""
+    layers = [
+        LayerPlan(
+            name=r.name,
+            kinds=kinds,
+            num_key_value_heads=r.num_key_value_heads,
+            head_dim=r.head_dim,
+            value_dim=r.value_dim,
+            window=r.window,
+        )
+        for r in hs.capture(model)
+    ]
+    return Plan(layers=tuple(layers), unit="head", strategy="given")
+
+
+def stir(hybrid: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+    """Move what the surgery added away from its neutral start, so that every new parameter matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in hs.region_modules(hybrid).values():
+            for parameter in module.hydra.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return hybrid
+
+
+@pytest.fixture(params=HYBRIDS)
+def hybrid(request: pytest.FixtureRequest) -> torch.nn.Module:
+    model = tiny(request.param)
+    return stir(hs.rewrite(model, half_plan(model)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_stitch_restore_are_bit_exact(family: str) -> None:
+    model = tiny(family)
+    names = list(model.state_dict())
+    modules = dict(model.named_modules())
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    calls = [{"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask}]
+    with torch.no_grad():
+        before = [model(**call, use_cache=False).logits for call in calls]
+        plan = half_plan(model, ("full",) * 4)
+        stitched = hs.rewrite(model, plan)
+        assert len(hs.region_modules(stitched)) == 2
+        assert list(stitched.state_dict()) == names
+        for call, expected in zip(calls, before, strict=True):
+            assert torch.equal(stitched(**call, use_cache=False).logits, expected)
+        restored = hs.restore(stitched)
+        assert [type(m) for m in restored.modules()] == [type(m) for m in modules.values()]
+        for call, expected in zip(calls, before, strict=True):
+            assert torch.equal(restored(**call, use_cache=False).logits, expected)
+            assert torch.equal(model(**call, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("attention", PLAIN)
+def test_plain_modules_are_bit_exact_and_convert(attention: type[torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = PlainDecoder(attention)
+    with torch.no_grad():
+        expected = model(IDS)
+        stitched = hs.rewrite(model, half_plan(model, ("full",) * 4))
+        assert torch.equal(stitched(IDS), expected)
+        assert torch.equal(hs.restore(stitched)(IDS), expected)
+        hybrid = stir(hs.rewrite(model, half_plan(model)))
+        changed = IDS.clone()
+        changed[:, 7:] = 5
+        assert torch.allclose(hybrid(changed)[:, :7], hybrid(IDS)[:, :7], atol=1e-5)
+        assert not torch.allclose(hybrid(IDS), expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_cached_equals_full(hybrid: torch.nn.Module) -> None:
+    full = hybrid(IDS, use_cache=False).logits
+    cache, parts = DynamicCache(config=hybrid.config), []
+    for piece in (IDS[:, :5], IDS[:, 5:6], IDS[:, 6:9], *IDS[:, 9:].split(1, dim=1)):
+        parts.append(hybrid(piece, past_key_values=cache, use_cache=True).logits)
+    assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-4)
+
+
+@torch.no_grad()
+def test_generate_is_the_same_with_and_without_cache(hybrid: torch.nn.Module) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached = hybrid.generate(IDS, use_cache=True, **settings)
+    assert torch.equal(cached, hybrid.generate(IDS, use_cache=False, **settings))
+    beams = hybrid.generate(IDS, num_beams=3, use_cache=True, **settings)
+    assert torch.equal(beams, hybrid.generate(IDS, num_beams=3, use_cache=False, **settings))
+
+
+@torch.no_grad()
+def test_no_future_token_matters(hybrid: torch.nn.Module) -> None:
+    changed = IDS.clone()
+    changed[:, 8:] = 50
+    before, after = (hybrid(ids, use_cache=False).logits for ids in (IDS, changed))
+    assert torch.allclose(before[:, :8], after[:, :8], atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(hybrid: torch.nn.Module) -> None:
+    plain = hybrid(IDS[:1], use_cache=False).logits
+    padded = torch.cat([torch.full((1, 5), 90), IDS[:1]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    extra = {} if hybrid.config.model_type == "opt" else {"position_ids": positions}
+    got = hybrid(padded, attention_mask=mask, use_cache=False, **extra).logits[:, 5:]
+    assert torch.allclose(got, plain, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(hybrid: torch.nn.Module) -> None:
+    if hybrid.config.model_type == "opt":
+        pytest.skip("opt takes no position_ids to pack with")
+    separate = [hybrid(IDS[:1, :5], use_cache=False).logits, hybrid(IDS[:1, 5:], use_cache=False).logits]
+    positions = torch.tensor([[*range(5), *range(7)]])
+    packed = hybrid(IDS[:1], position_ids=positions, use_cache=False).logits
+    assert torch.allclose(packed, torch.cat(separate, dim=1), atol=1e-4)
+
+
+def test_gradients_reach_every_new_parameter(hybrid: torch.nn.Module) -> None:
+    hybrid(IDS, use_cache=False).logits.float().square().mean().backward()
+    for name, module in hs.region_modules(hybrid).items():
+        for key, parameter in module.hydra.named_parameters():
+            assert parameter.grad is not None, f"{name}.{key} got no gradient"
+            assert parameter.grad.abs().sum() > 0, f"{name}.{key} got a zero gradient"
+
+
+@torch.no_grad()
+def test_saved_copied_and_pickled_hybrids_are_bit_equal(hybrid: torch.nn.Module, tmp_path: object) -> None:
+    expected = hybrid(IDS, use_cache=False).logits
+    hybrid.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert list(loaded.state_dict()) == list(hybrid.state_dict())
+    for name, value in hybrid.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    for other in (loaded, copy.deepcopy(hybrid), pickle.loads(pickle.dumps(hybrid))):
+        assert torch.equal(other(IDS, use_cache=False).logits, expected)
