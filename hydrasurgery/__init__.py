@@ -1,17 +1,25 @@
 """hydrasurgery: turn a pretrained decoder into a long-context hybrid of softmax and linear attention heads."""
 
 from hydrasurgery import ops, pretrained
+from hydrasurgery.forecast import forecast
 from hydrasurgery.plan import Plan, plan_heads
 from hydrasurgery.regions import Region, capture, head_taps, region_modules, register_interface, restore
 from hydrasurgery.rewrite import rewrite
+from hydrasurgery.selection import HeadScores, score_heads
+from hydrasurgery.transfer import distill
+from hydrasurgery.transfer.start import calibrate
 
 __version__ = "0.1.0"
 register_interface()
 
 __all__ = [
+    "HeadScores",
     "Plan",
     "Region",
+    "calibrate",
     "capture",
+    "distill",
+    "forecast",
     "head_taps",
     "ops",
     "plan_heads",
@@ -19,4 +27,5 @@ __all__ = [
     "region_modules",
     "restore",
     "rewrite",
+    "score_heads",
 ]

@@ -274,7 +274,9 @@ def _may_attend(mask: Tensor) -> Tensor:
 
 def _expect(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise unless x has this shape; None is any size."""
-    if x.dim() != len(shape) or any(want is not None and have != want for have, want in zip(x.shape, shape, strict=True)):
+    if x.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], found {list(x.shape)}")
 
@@ -302,8 +304,9 @@ def _check_rule(rule: str, decay: Tensor | None, beta: Tensor | None) -> None:
 
 
 def _exact(x: Tensor) -> Tensor:
-    """x with the strides that its fake kernel promised, also along dimensions of size 1, which `contiguous` leaves alone."""
-    return x.contiguous().reshape(-1).view(x.shape)
+    """x as its fake kernel promised it: dense, also along dimensions of size 1, and alone in its memory (a slice would keep it all)."""
+    flat = x.contiguous().reshape(-1)
+    return (flat if flat.untyped_storage().nbytes() == flat.nbytes else flat.clone()).view(x.shape)
 
 
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -451,9 +454,7 @@ _linear_attention.register_autograd(_linear_attention_grads, setup_context=_line
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None"
 
 
-@torch.library.custom_op(
-    "hydra::causal_conv", mutates_args=(), schema=f"({_CONV_INPUTS}) -> (Tensor y, Tensor state)"
-)
+@torch.library.custom_op("hydra::causal_conv", mutates_args=(), schema=f"({_CONV_INPUTS}) -> (Tensor y, Tensor state)")
 def _causal_conv(x, weight, state=None, reset=None):
     with _full_precision(x):
         y, tail = _causal_conv_kernel.forward(x, weight, state, reset)
@@ -523,9 +524,7 @@ def _(o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=
     mutates_args=(),
     schema=f"(Tensor grad, {_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _scale_norm_fusion_backward(
-    grad, o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=1e-6
-):
+def _scale_norm_fusion_backward(grad, o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=1e-6):
     with _full_precision(gamma):
         grads = _scale_norm_fusion_kernel.backward(
             grad, o_full, o_linear, gamma, gate, linear_heads=linear_heads, norm_full=norm_full, eps=eps

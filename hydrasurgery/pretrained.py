@@ -45,7 +45,9 @@ class HydraSurgeon(HfQuantizer):
             plan = Plan.from_json(json.dumps(config.plan))
             apply_plan(model, plan, config.pipeline)
         except HydraError as error:
-            raise CheckpointError(f"{type(model).__name__}: the checkpoint's surgery does not fit it: {error}") from error
+            raise CheckpointError(
+                f"{type(model).__name__}: the checkpoint's surgery does not fit it: {error}"
+            ) from error
         for module in model.modules():
             module._is_hf_initialized = getattr(module, "_is_hf_initialized", False)
         return model

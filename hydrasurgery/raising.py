@@ -31,7 +31,9 @@ def _raise_sdpa(name: str, graph: fx.Graph, node: fx.Node) -> None:
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     mask = given.get("attn_mask")
     if not given.get("is_causal", False) and mask is None:
-        raise UnsupportedModelError(f"{name} attends in both directions (is_causal=False and no mask); only decoders are supported")
+        raise UnsupportedModelError(
+            f"{name} attends in both directions (is_causal=False and no mask); only decoders are supported"
+        )
     q, k, v = given["query"], given["key"], given["value"]
     b, heads, length, _ = q.meta["shape"]
     with graph.inserting_before(node):
@@ -58,5 +60,3 @@ def _plain_mask(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     node.update_arg(3, mask)
     return True
-
-

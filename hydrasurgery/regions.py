@@ -400,9 +400,13 @@ def refuse_known(model: nn.Module) -> None:
             "choose a model with rotary or learned positions"
         )
     if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedModelError(f"{name}: latent KV attention (MLA, kv_lora_rank={text.kv_lora_rank}) has no heads to cut")
+        raise UnsupportedModelError(
+            f"{name}: latent KV attention (MLA, kv_lora_rank={text.kv_lora_rank}) has no heads to cut"
+        )
     if getattr(text, "num_kv_shared_layers", 0) or text.model_type.startswith(("gemma3n", "gemma4")):
-        raise UnsupportedModelError(f"{name}: layers share one KV cache (num_kv_shared_layers); a head cannot be cut out of one layer")
+        raise UnsupportedModelError(
+            f"{name}: layers share one KV cache (num_kv_shared_layers); a head cannot be cut out of one layer"
+        )
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
@@ -446,7 +450,9 @@ def _check_owners(model: nn.Module, watch: _Watch) -> None:
         )
     for name in set(names):
         if names.count(name) > 1:
-            raise UnsupportedModelError(f"{name} calls attention {names.count(name)} times; a region holds exactly one call")
+            raise UnsupportedModelError(
+                f"{name} calls attention {names.count(name)} times; a region holds exactly one call"
+            )
     kinds = {type(owner) for _, owner, *_ in watch.attention}
     all_owners = [name for name, module in model.named_modules() if type(module) in kinds]
     missing = sorted(set(all_owners) - set(names))
@@ -510,7 +516,9 @@ def _child_call(node: fx.Node) -> tuple[str, str] | None:
     return None
 
 
-def _outline(owner: nn.Module, program: torch.export.ExportedProgram, kwargs: dict[str, Any]) -> tuple[fx.Graph, Inputs]:
+def _outline(
+    owner: nn.Module, program: torch.export.ExportedProgram, kwargs: dict[str, Any]
+) -> tuple[fx.Graph, Inputs]:
     """The exported graph with every child's nodes folded into one call of that child."""
     signature = program.graph_signature
     attributes = {
@@ -530,7 +538,9 @@ def _outline(owner: nn.Module, program: torch.export.ExportedProgram, kwargs: di
             if node.name in attributes:
                 continue  # made where it is used
             if node.name in constants:
-                raise UnsupportedModelError(f"{type(owner).__name__} holds a tensor constant in its forward: {node.name}")
+                raise UnsupportedModelError(
+                    f"{type(owner).__name__} holds a tensor constant in its forward: {node.name}"
+                )
             path, leaf = next(user_inputs)
             if isinstance(leaf, Tensor):
                 steps = tuple(getattr(k, "key", getattr(k, "idx", None)) for k in path)
@@ -542,7 +552,10 @@ def _outline(owner: nn.Module, program: torch.export.ExportedProgram, kwargs: di
             continue
         if node.op == "output":
             values = pytree.tree_unflatten(
-                [made.get(a) if isinstance(a, fx.Node) else a for a in pytree.tree_leaves(node.args[0], lambda x: x is None)],
+                [
+                    made.get(a) if isinstance(a, fx.Node) else a
+                    for a in pytree.tree_leaves(node.args[0], lambda x: x is None)
+                ],
                 program.module_call_graph[0].signature.out_spec,
             )
             graph.output(values)
@@ -644,7 +657,9 @@ def _region(name: str, owner: nn.Module, graph: fx.Graph, inputs: Inputs) -> Reg
     node = next(n for n in graph.nodes if n.target == ATTENTION)
     q, k, v = (a.meta["shape"] for a in node.args[:3])
     if q[3] != v[3]:
-        raise UnsupportedModelError(f"{name}: keys of width {q[3]} and values of width {v[3]} (latent attention) are not supported")
+        raise UnsupportedModelError(
+            f"{name}: keys of width {q[3]} and values of width {v[3]} (latent attention) are not supported"
+        )
     region = Region(name, module, graph, q[1], k[1], q[3], v[3])
     region.window = node.kwargs.get("window")
     region.softcap = node.kwargs.get("softcap")
@@ -686,7 +701,9 @@ def restore(model: nn.Module) -> nn.Module:
     modules = region_modules(model)
     for name, module in modules.items():
         if module.original is None:
-            raise UnsupportedModelError(f"{name} holds no original (a copy or a loaded checkpoint); load the teacher instead")
+            raise UnsupportedModelError(
+                f"{name} holds no original (a copy or a loaded checkpoint); load the teacher instead"
+            )
     for name, module in modules.items():
         replace_module(model, name, module.original)
     return model
@@ -720,4 +737,14 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
             replace_module(model, name, original)
 
 
-__all__ = ["Region", "RegionModule", "capture", "head_taps", "ops", "region_modules", "register_interface", "restore", "stitch"]
+__all__ = [
+    "Region",
+    "RegionModule",
+    "capture",
+    "head_taps",
+    "ops",
+    "region_modules",
+    "register_interface",
+    "restore",
+    "stitch",
+]

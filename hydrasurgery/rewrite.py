@@ -14,10 +14,13 @@ from hydrasurgery.plan import Plan
 from hydrasurgery.regions import Region, capture, stitch
 
 
-def hybrid_pipeline(rule: str = "gated_delta", full_norm: str = "exact", conv: int = 4, gate: bool = True) -> str:
-    """The passes of a rewrite, as a pipeline string."""
+def hybrid_pipeline(
+    rule: str = "gated_delta", full_norm: str = "exact", conv: int = 4, gate: bool = True, untie: bool = False
+) -> str:
+    """The passes of a rewrite, as a pipeline string; `untie` gives the linear heads their own q, k and v projections."""
+    own = "untie-projections,prune-projections," if untie else ""
     return (
-        f"canonicalize-attention,split-heads,linearize-heads{{rule={rule},conv={conv}}},"
+        f"canonicalize-attention,split-heads,{own}linearize-heads{{rule={rule},conv={conv}}},"
         f"fuse-heads{{full_norm={full_norm},gate={gate}}},thread-state"
     )
 
@@ -34,6 +37,7 @@ def rewrite(
     *,
     full_norm: str = "exact",
     rule: str = "gated_delta",
+    untie: bool = False,
     pipeline: str | None = None,
     example_inputs: Any = None,
     dump: str | Path | None = None,
@@ -48,6 +52,8 @@ def rewrite(
         plan: which head is what.
         full_norm: "exact" (full heads pass unchanged) or "paper" (normalised, with a gamma each).
         rule: the recurrence: linear, gated, delta or gated_delta.
+        untie: give the linear heads their own q, k and v projections (copies, under `hydra`), and prune each projection
+            to the heads that read it where it can be. The pruned ones are new parameters, no longer the teacher's.
         pipeline: other passes than the default, as a string.
         example_inputs: see `hydrasurgery.capture`.
         dump: a folder for the text of every region around every pass.
@@ -56,13 +62,14 @@ def rewrite(
         UnsupportedModelError, PlanError, PassError: naming the module.
     """
     hybrid = share_copy(model)
-    steps = pipeline or hybrid_pipeline(rule, full_norm)
+    steps = pipeline or hybrid_pipeline(rule, full_norm, untie=untie)
     apply_plan(hybrid, plan, steps, example_inputs, dump)
     config = getattr(hybrid, "config", None)
     if config is not None:
         from hydrasurgery.pretrained import mark
 
         mark(hybrid, plan, steps)
+    hybrid.train(model.training)
     return hybrid
 
 

@@ -4,8 +4,10 @@ from hydrasurgery.passes.base import PRESETS, REGISTRY, Pass, PassResult, parse,
 from hydrasurgery.passes.canonicalize_attention import CanonicalizeAttention
 from hydrasurgery.passes.fuse_heads import FuseHeads
 from hydrasurgery.passes.linearize_heads import LinearizeHeads
+from hydrasurgery.passes.prune_projections import PruneProjections
 from hydrasurgery.passes.split_heads import SplitHeads
 from hydrasurgery.passes.thread_state import ThreadState
+from hydrasurgery.passes.untie_projections import UntieProjections
 
 __all__ = [
     "PRESETS",
@@ -15,8 +17,10 @@ __all__ = [
     "LinearizeHeads",
     "Pass",
     "PassResult",
+    "PruneProjections",
     "SplitHeads",
     "ThreadState",
+    "UntieProjections",
     "parse",
     "run_pipeline",
 ]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from hydrasurgery.passes.verify import infer_shapes, verify
 from torch import fx, nn
 
 from hydrasurgery.errors import PassError, PipelineError, PostconditionError, PreconditionError
 from hydrasurgery.files import atomic_write_text
-from hydrasurgery.passes.verify import infer_shapes, verify
 from hydrasurgery.regions import Region
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from torch import nn
 
 from hydrasurgery.layers import OutputGate, merge_heads
-from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from hydrasurgery.regions import ATTENTION, Region
 
 FUSION = torch.ops.hydra.scale_norm_fusion.default
@@ -28,7 +28,9 @@ class FuseHeads(Pass):
     gate: bool = True
 
     def requires(self, region: Region) -> None:
-        self.need(region, self.full_norm in ("exact", "paper"), f'full_norm is {self.full_norm!r}, not "exact" or "paper"')
+        self.need(
+            region, self.full_norm in ("exact", "paper"), f'full_norm is {self.full_norm!r}, not "exact" or "paper"'
+        )
 
     def run(self, region: Region) -> PassResult:
         region.options["full_norm"] = self.full_norm

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from torch import fx
 
 from hydrasurgery import ops
 from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, to_heads, to_tokens
-from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from hydrasurgery.regions import ATTENTION, Region
 
 LINEAR = torch.ops.hydra.linear_attention.default
@@ -49,7 +49,10 @@ class LinearizeHeads(Pass):
                 return graph.create_node("call_function", function, args, None, name)
 
             flags = call(ops.token_flags, mask, hidden)
-            valid, reset = call(operator.getitem, flags, 0, name="valid"), call(operator.getitem, flags, 1, name="reset")
+            valid, reset = (
+                call(operator.getitem, flags, 0, name="valid"),
+                call(operator.getitem, flags, 1, name="reset"),
+            )
             tensors = []
             for label, x in (("q", q), ("k", k), ("v", v)):
                 tokens = call(to_tokens, x, valid)
@@ -57,7 +60,9 @@ class LinearizeHeads(Pass):
                     channels = heads * (region.value_dim if label == "v" else region.head_dim)
                     new_parameters(region, f"{label}_conv", ConvWeight(channels, self.conv))
                     weight = graph.get_attr(f"hydra.{label}_conv.weight")
-                    mixed = graph.create_node("call_function", CONV, (tokens, weight, None, reset), None, f"{label}_conv")
+                    mixed = graph.create_node(
+                        "call_function", CONV, (tokens, weight, None, reset), None, f"{label}_conv"
+                    )
                     mixed.meta["state"] = f"{label}_conv"
                     tokens = call(operator.add, tokens, call(operator.getitem, mixed, 0))
                     tokens = call(operator.mul, tokens, call(torch.ops.aten.unsqueeze.default, valid, -1))

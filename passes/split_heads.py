@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hydrasurgery.passes.base import Pass, PassResult, register
 from torch import fx
 
 from hydrasurgery import ops
 from hydrasurgery.layers import merge_heads
-from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.regions import ATTENTION, Region
 
 
@@ -21,7 +21,9 @@ class SplitHeads(Pass):
     name: ClassVar[str] = "split-heads"
 
     def requires(self, region: Region) -> None:
-        self.need(region, len(region.find(ATTENTION)) == 1, "run canonicalize-attention first: one attention node is needed")
+        self.need(
+            region, len(region.find(ATTENTION)) == 1, "run canonicalize-attention first: one attention node is needed"
+        )
 
     def run(self, region: Region) -> PassResult:
         graph, node = region.graph, region.find(ATTENTION)[0]
@@ -49,6 +51,8 @@ class SplitHeads(Pass):
             own = tuple(region.key_value_head(h) for h in linear)
             queries = _select(graph, q, linear, 1, "q_linear")
             keys, values = (_select(graph, x, own, 1, f"{n}_linear") for x, n in ((k, "k"), (v, "v")))
+            for x in (queries, keys, values):
+                x.meta["branch"] = "linear"
             outputs["linear"] = graph.create_node(
                 "call_function", ATTENTION, (queries, keys, values, mask), dict(node.kwargs), "o_linear"
             )

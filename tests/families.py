@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = (
-    "llama qwen2 qwen3 mistral ministral mixtral olmo2 olmo3 phi phi3 gemma2 gemma3_text gpt2 gpt_neox opt cohere cohere2 "
-    "granite smollm3 starcoder2 glm4 stablelm helium nemotron exaone4 hunyuan_v1_dense seed_oss apertus nanochat ernie4_5 "
-    "arcee persimmon internlm3"
-).split()
+FAMILIES = """
+llama qwen2 qwen3 mistral ministral mixtral olmo2 olmo3 phi phi3 gemma2 gemma3_text gpt2 gpt_neox opt cohere cohere2
+granite smollm3 starcoder2 glm4 stablelm helium nemotron exaone4 hunyuan_v1_dense seed_oss apertus nanochat ernie4_5
+arcee persimmon internlm3
+""".split()
 
 SMALL = {
     "vocab_size": 96,
@@ -31,7 +31,7 @@ SPECIAL = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
-    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 2, "sliding_window_pattern": 2},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2},
     "mistral": {"sliding_window": 8},
     "ministral": {"sliding_window": 8},
     "exaone4": {"sliding_window": 8},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -13,9 +14,9 @@ import hydrasurgery as hs
 from hydrasurgery.plan import LayerPlan, Plan
 from tests.families import FAMILIES, PLAIN, PlainDecoder, tiny
 
-HYBRIDS = (
-    "llama qwen2 qwen3 mistral mixtral olmo2 phi phi3 gemma2 gemma3_text gpt2 gpt_neox cohere2 granite smollm3 glm4 exaone4 opt"
-).split()
+HYBRIDS = """
+llama qwen2 qwen3 mistral mixtral olmo2 phi phi3 gemma2 gemma3_text gpt2 gpt_neox cohere2 granite smollm3 glm4 exaone4 opt
+""".split()
 IDS = torch.arange(3, 27).view(2, 12)
 
 
@@ -45,10 +46,16 @@ def stir(hybrid: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
     return hybrid
 
 
+@functools.cache
+def make_hybrid(family: str) -> torch.nn.Module:
+    model = tiny(family)
+    return stir(hs.rewrite(model, half_plan(model)))
+
+
 @pytest.fixture(params=HYBRIDS)
 def hybrid(request: pytest.FixtureRequest) -> torch.nn.Module:
-    model = tiny(request.param)
-    return stir(hs.rewrite(model, half_plan(model)))
+    """One hybrid a family, shared by the tests, none of which changes it."""
+    return make_hybrid(request.param)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,6 +153,7 @@ def test_gradients_reach_every_new_parameter(hybrid: torch.nn.Module) -> None:
         for key, parameter in module.hydra.named_parameters():
             assert parameter.grad is not None, f"{name}.{key} got no gradient"
             assert parameter.grad.abs().sum() > 0, f"{name}.{key} got a zero gradient"
+    hybrid.zero_grad()
 
 
 @torch.no_grad()

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hydrasurgery.errors import PlanError
 from hydrasurgery.forecast import forecast
 from hydrasurgery.plan import FULL, LINEAR, STRATEGIES, Plan, plan_heads
+from hydrasurgery.regions import capture
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 
 
@@ -121,6 +123,23 @@ def test_random_depends_on_the_seed_alone():
     free = [plan_heads(regions(), strategy="random", seed=s, min_full_per_layer=0) for s in range(20)]
     assert all(plan.num_full == 6 for plan in free)
     assert any(not layer.full_heads for plan in free for layer in plan.layers)
+
+
+def test_a_model_is_captured_for_its_shapes():
+    config = Qwen3Config(
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    model = Qwen3ForCausalLM(config)
+    plan = plan_heads(model, ratio="1:1", strategy="fixed", unit="kv-group")
+    assert (plan.model.architecture, plan.model.model_type, plan.model.num_layers) == ("Qwen3ForCausalLM", "qwen3", 2)
+    assert plan.num_full == 4
+    plan.validate(capture(model))
 
 
 def test_a_kept_head_stays_and_counts():

@@ -223,9 +223,10 @@ def test_pairs_that_the_model_does_not_answer_are_reported_and_dropped():
     result = patch_heads(model, [bad, *good, same])
     assert [text.split(":")[0] for text in result.dropped] == ["pair 0", "pair 3"]
     torch.testing.assert_close(stacked(result), stacked(patch_heads(model, good)), atol=1e-5, rtol=1e-4)
-    for unusable in ([bad], [same], []):
-        with pytest.raises(ProbeError, match="Qwen3ForCausalLM: none of"):
-            patch_heads(model, unusable)
+    with pytest.raises(ProbeError, match="Qwen3ForCausalLM: none of 2 pairs"):
+        patch_heads(model, [bad, same])
+    with pytest.raises(ProbeError, match="none of 0 pairs"):
+        patch_heads(model, [])
 
 
 def test_the_model_is_left_as_it_was():
@@ -273,6 +274,20 @@ def test_the_fit_is_the_best_of_its_grid_and_scales(rule):
     larger = fit_linear_heads(q, k, v, 7 * o, rule=rule)
     torch.testing.assert_close(larger.gamma, 7 * fit.gamma)
     torch.testing.assert_close(larger.error, fit.error)
+
+
+def test_gamma_and_error_are_those_of_least_squares():
+    q, k, v, o = random_heads()
+    fit = fit_linear_heads(q, k, v, o, half_lives=[16], betas=[0.25])
+    ones = torch.ones(2, 48, 4)
+    tokens = [x.transpose(1, 2) for x in (l2_norm(q), l2_norm(k), v)]
+    out, _ = torch.ops.hydra.linear_attention(*tokens, ones * -math.log(2) / 16, ones * 0.25, None)
+    out = F.rms_norm(out, (8,), eps=1e-6)
+    for head in range(4):
+        x, y = out[:, :, head].reshape(-1, 1), o[:, :, head].reshape(-1, 1)
+        gamma = torch.linalg.lstsq(x, y).solution
+        torch.testing.assert_close(fit.gamma[head], gamma[0, 0])
+        torch.testing.assert_close(fit.error[head], ((y - gamma * x).square().sum() / y.square().sum()))
 
 
 def test_heads_are_fitted_alone_and_share_key_value_heads():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrasurgery import Plan, plan_heads, region_modules, restore, rewrite
+from hydrasurgery import plan_heads, region_modules, restore, rewrite
 from hydrasurgery.errors import CheckpointError, DataError, DivergedError, PlanError, RecipeError
 from hydrasurgery.transfer import (
     RECIPES,
@@ -42,10 +45,15 @@ DISTIL = Stage("distil", batch_size=2, length=16, steps=6, lr=2e-3, lr_end=1e-3,
 LENGTHEN = Stage("lengthen", batch_size=2, length=16, steps=3, lr=1e-3, lr_end=1e-3, warmup=0)
 
 
-def pair(ratio: str = "3:1", **changes: Any) -> tuple[nn.Module, nn.Module, Plan]:
-    teacher = tiny("qwen3", **changes)
-    plan = plan_heads(teacher, ratio=ratio, strategy="random")
-    return teacher, rewrite(teacher, plan), plan
+@functools.cache
+def made(ratio: str, strategy: str, tied: bool) -> tuple[nn.Module, nn.Module]:
+    teacher = tiny("qwen3", tie_word_embeddings=tied)
+    return teacher, rewrite(teacher, plan_heads(teacher, ratio=ratio, strategy=strategy))
+
+
+def pair(ratio: str = "3:1", strategy: str = "random", tied: bool = False) -> tuple[nn.Module, nn.Module]:
+    """A teacher and a hybrid that shares its parameters, the same numbers at each call."""
+    return copy.deepcopy(made(ratio, strategy, tied))
 
 
 def tokens(count: int = 4096, seed: int = 0) -> Tensor:
@@ -104,7 +112,7 @@ def stop_at(stage: str, step: int) -> Any:
 
 
 def test_align_lowers_its_loss_and_changes_the_additions_only() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     before, own = state(teacher), state(hybrid)
     additions = addition_names(hybrid, teacher)
     stage = Stage("align", batch_size=4, length=24, steps=40, lr=2e-2, lr_end=1e-3, warmup=4)
@@ -118,19 +126,21 @@ def test_align_lowers_its_loss_and_changes_the_additions_only() -> None:
 
 
 def test_align_gives_the_gradients_of_the_hybrids_layers_run_by_hand() -> None:
-    teacher, hybrid, plan = pair()
+    teacher, hybrid = pair()
     stage = Stage("align", batch_size=2, length=16, steps=1, lr=1.0, lr_end=1.0, warmup=0, clip=None)
     batch = draw(as_source(tokens()), 0, stage, 0)
-    inputs, outputs = {}, {}
+    inputs, outputs, handles = {}, {}, []
     for name in region_modules(hybrid):
 
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
             inputs[name], outputs[name] = (args, kwargs), output[0]
 
-        teacher.get_submodule(name).register_forward_hook(keep, with_kwargs=True)
-    teacher(**batch.inputs)
-    reference = rewrite(tiny("qwen3"), plan)
+        handles.append(teacher.get_submodule(name).register_forward_hook(keep, with_kwargs=True))
+    teacher(**batch.inputs, use_cache=False)
+    _, reference = pair()
     errors = []
+    for handle in handles:
+        handle.remove()
     for name, region in region_modules(reference).items():
         args, kwargs = inputs[name]
         errors.append(relative_error(region(*args, **kwargs)[0], outputs[name], batch.mask))
@@ -143,7 +153,7 @@ def test_align_gives_the_gradients_of_the_hybrids_layers_run_by_hand() -> None:
 
 
 def test_distil_lowers_the_kl_and_leaves_the_teacher_bit_for_bit() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     before, own = state(teacher), state(hybrid)
     stage = Stage("distil", batch_size=4, length=24, steps=30, lr=3e-3, lr_end=1e-4, warmup=4)
     result = run(hybrid, teacher, stage)
@@ -156,7 +166,7 @@ def test_distil_lowers_the_kl_and_leaves_the_teacher_bit_for_bit() -> None:
 
 
 def test_lengthen_lowers_the_cross_entropy_without_a_teacher() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     unshare(hybrid, teacher)
     stage = Stage("lengthen", batch_size=4, length=24, steps=30, lr=3e-3, lr_end=3e-3, warmup=2)
     losses = run(hybrid, None, stage).losses("lengthen")
@@ -164,7 +174,7 @@ def test_lengthen_lowers_the_cross_entropy_without_a_teacher() -> None:
 
 
 def test_distil_can_train_the_additions_on_a_shared_body() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     before, own = state(teacher), state(hybrid)
     stage = Stage("distil", batch_size=2, length=16, steps=3, lr=1e-2, lr_end=1e-2, warmup=0, trainable="additions")
     run(hybrid, teacher, stage)
@@ -173,14 +183,14 @@ def test_distil_can_train_the_additions_on_a_shared_body() -> None:
 
 
 def test_body_lr_zero_freezes_the_body() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     own = state(hybrid)
     run(hybrid, teacher, Stage("distil", batch_size=2, length=16, steps=2, lr=1e-2, lr_end=1e-2, body_lr=0.0))
     assert changed(hybrid, own) == region_names(hybrid)
 
 
 def test_freeze_full_qk_leaves_queries_and_keys_of_full_heads() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     own = state(hybrid)
     stage = Stage("lengthen", batch_size=2, length=16, steps=2, lr=1e-2, lr_end=1e-2, freeze_full_qk=True)
     run(hybrid, teacher, stage)
@@ -198,12 +208,13 @@ def test_freeze_full_qk_refuses_a_fused_projection() -> None:
 
 
 def test_modes_flags_and_random_state_are_left_as_they_were() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     hybrid.lm_head.weight.requires_grad_(False)
+    modes = [module.training for model in (hybrid, teacher) for module in model.modules()]
     random = torch.get_rng_state()
     run(hybrid, teacher, ALIGN, DISTIL)
     assert torch.equal(random, torch.get_rng_state())
-    assert not any(module.training for model in (hybrid, teacher) for module in model.modules())
+    assert modes == [module.training for model in (hybrid, teacher) for module in model.modules()]
     assert [n for n, p in hybrid.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
     assert all(p.grad is None for model in (hybrid, teacher) for p in model.parameters())
     assert not any(module._forward_hooks for module in teacher.modules())
@@ -212,7 +223,7 @@ def test_modes_flags_and_random_state_are_left_as_they_were() -> None:
 def test_micro_batches_take_the_step_of_the_whole_batch() -> None:
     results = []
     for size in (None, 1):
-        teacher, hybrid, _ = pair()
+        teacher, hybrid = pair()
         stages = [
             Stage(n, batch_size=3, length=16, steps=1, lr=1e-3, lr_end=1e-3, warmup=0, micro_batch=size)
             for n in ("distil", "lengthen")
@@ -220,18 +231,31 @@ def test_micro_batches_take_the_step_of_the_whole_batch() -> None:
         results.append((run(hybrid, teacher, *stages, data=Padded(0)).history, state(hybrid)))
     (whole, a), (pieces, b) = results
     for one, other in zip(whole, pieces, strict=True):
-        for key in ("loss", "kl", "ce", "grad_norm"):
-            assert one.get(key) == pytest.approx(other.get(key), rel=1e-4)
+        for key in {"loss", "kl", "ce", "grad_norm"} & one.keys():
+            assert one[key] == pytest.approx(other[key], rel=1e-4)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-3)
 
 
 def test_bfloat16_autocast_keeps_float32_weights() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     recipe = Recipe("test", (ALIGN, DISTIL), autocast="bfloat16")
     result = distill(hybrid, teacher, tokens(), recipe=recipe, progress=False)
     assert all(math.isfinite(record["loss"]) for record in result.history)
     assert {parameter.dtype for parameter in hybrid.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_goes_on(tmp_path: Path) -> None:
+    recipe = Recipe("test", (ALIGN, DISTIL, LENGTHEN), autocast="bfloat16", checkpoint_every=2)
+    histories = []
+    for out, callback in ((None, None), (tmp_path, stop_at("distil", 3)), (tmp_path, None)):
+        teacher = tiny("qwen3").cuda()
+        hybrid = rewrite(teacher, plan_heads(teacher, ratio="3:1", strategy="random"))
+        with contextlib.suppress(Stop):
+            result = distill(hybrid, teacher, tokens(), recipe=recipe, out=out, progress=False, callback=callback)
+            histories.append([record["loss"] for record in result.history])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-2)
 
 
 def test_half_precision_parameters_are_warned_about() -> None:
@@ -257,7 +281,8 @@ def test_a_plain_module_is_trained_too() -> None:
 
 
 def test_unshare_copies_once_and_keeps_ties() -> None:
-    teacher, hybrid, _ = pair(tie_word_embeddings=True)
+    teacher = tiny("qwen3", tie_word_embeddings=True)
+    hybrid = rewrite(teacher, plan_heads(teacher, ratio="3:1", strategy="random"))
     ids = tokens(12).view(1, 12)
     expected = hybrid(ids).logits
     names = unshare(hybrid, teacher)
@@ -271,13 +296,14 @@ def test_unshare_copies_once_and_keeps_ties() -> None:
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     with pytest.raises(PlanError, match="same object"):
         run(teacher, teacher, DISTIL)
     with pytest.raises(PlanError, match="needs a teacher"):
         run(hybrid, None, ALIGN)
+    same, full = pair(strategy="all-full")
     with pytest.raises(PlanError, match="no head linear"):
-        run(rewrite(teacher, plan_heads(teacher, strategy="all-full")), teacher, ALIGN)
+        run(full, same, ALIGN)
     with pytest.raises(PlanError, match="one module in hybrid and teacher"):
         unshare(teacher, teacher)
     with pytest.raises(PlanError, match=r"model\.layers\.1\.self_attn"):
@@ -306,7 +332,8 @@ def test_chunked_loss_equals_the_plain_one(family: str, chunk: int | None) -> No
     log_p = teacher(**batch.inputs).logits.detach().log_softmax(-1)[batch.mask]
     logits = plain(**batch.inputs).logits
     kl = (log_p.exp() * (log_p - logits.log_softmax(-1)[batch.mask])).sum(-1).mean()
-    ce = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    targets = batch.labels[:, 1:].masked_fill(~batch.mask[:, :-1], -100)  # padding predicts nothing
+    ce = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
     (kl + 0.5 * ce).backward()
     torch.testing.assert_close(parts["kl"], kl.detach())
     torch.testing.assert_close(parts["ce"], ce.detach())
@@ -340,7 +367,8 @@ def test_a_model_that_cannot_be_split_is_run_whole() -> None:
     batch = padded_batch()
     loss, _ = language_loss(split, None, batch, ce_weight=1.0, chunk=3)
     logits = student(**batch.inputs).logits
-    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()))
+    targets = batch.labels[:, 1:].masked_fill(~batch.mask[:, :-1], -100)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten()))
 
 
 def test_a_piece_without_labels_counts_nothing() -> None:
@@ -355,7 +383,7 @@ def test_a_piece_without_labels_counts_nothing() -> None:
 def test_what_stands_in_the_padding_changes_nothing(stage: Stage) -> None:
     states, histories = [], []
     for junk in (0, 77):
-        teacher, hybrid, _ = pair()
+        teacher, hybrid = pair()
         result = run(hybrid, teacher, stage, data=Padded(junk))
         histories.append([(r["loss"], r["tokens"]) for r in result.history])
         states.append({n: p for n, p in state(hybrid).items() if "embed" not in n})
@@ -372,18 +400,23 @@ def without_time(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
 
 
+@functools.cache
+def uninterrupted() -> tuple[Any, dict[str, Tensor]]:
+    teacher, hybrid = pair(tied=True)
+    return run(hybrid, teacher, ALIGN, DISTIL, LENGTHEN), state(hybrid)
+
+
 @pytest.mark.parametrize("where", [("align", 1), ("align", 3), ("align", 6), ("distil", 5), ("lengthen", 1)])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, where: tuple[str, int]) -> None:
     stages = (ALIGN, DISTIL, LENGTHEN)
-    teacher, whole, plan = pair(tie_word_embeddings=True)
-    expected = run(whole, teacher, *stages)
-    first = rewrite(teacher, plan)
+    expected, whole = uninterrupted()
+    teacher, first = pair(tied=True)
     with pytest.raises(Stop):
         run(first, teacher, *stages, out=tmp_path, callback=stop_at(*where))
-    second = rewrite(teacher, plan)
+    teacher, second = pair(tied=True)
     result = run(second, teacher, *stages, out=tmp_path)
     assert without_time(result.history) == without_time(expected.history)
-    assert changed(second, state(whole)) == set()
+    assert changed(second, whole) == set()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.history
     assert [(line["stage"], line["step"]) for line in lines] == [
@@ -392,9 +425,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, where: tuple[str
 
 
 def test_a_finished_run_is_loaded_not_repeated(tmp_path: Path) -> None:
-    teacher, hybrid, plan = pair()
+    teacher, hybrid = pair()
     done = run(hybrid, teacher, ALIGN, DISTIL, out=tmp_path)
-    again = rewrite(teacher, plan)
+    teacher, again = pair()
     result = run(again, teacher, ALIGN, DISTIL, out=tmp_path, callback=stop_at("align", 1))
     assert result.history == done.history
     assert changed(again, state(hybrid)) == set()
@@ -403,10 +436,11 @@ def test_a_finished_run_is_loaded_not_repeated(tmp_path: Path) -> None:
 
 
 def test_resume_false_begins_afresh_and_touches_nothing_else(tmp_path: Path) -> None:
-    teacher, hybrid, plan = pair()
+    teacher, hybrid = pair()
     run(hybrid, teacher, ALIGN, DISTIL, out=tmp_path)
     (tmp_path / "checkpoints" / "mine").mkdir()
-    result = run(rewrite(teacher, plan), teacher, ALIGN, out=tmp_path, resume=False)
+    teacher, hybrid = pair()
+    result = run(hybrid, teacher, ALIGN, out=tmp_path, resume=False)
     assert len(result.history) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == ALIGN.num_steps
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["0-align-00000006", "mine"]
 
@@ -414,7 +448,7 @@ def test_resume_false_begins_afresh_and_touches_nothing_else(tmp_path: Path) -> 
 def test_checkpoints_hold_no_teacher_and_no_pickle(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    teacher, hybrid, _ = pair()
+    teacher, hybrid = pair()
     additions = addition_names(hybrid, teacher)
     with pytest.raises(Stop):
         run(hybrid, teacher, ALIGN, DISTIL, out=tmp_path, callback=stop_at("distil", 5))
@@ -427,56 +461,65 @@ def test_checkpoints_hold_no_teacher_and_no_pickle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_truncated_checkpoint_is_named(tmp_path: Path, name: str) -> None:
-    teacher, hybrid, plan = pair()
+    teacher, hybrid = pair()
     with pytest.raises(Stop):
         run(hybrid, teacher, ALIGN, out=tmp_path, callback=stop_at("align", 5))
     path = tmp_path / "checkpoints" / "0-align-00000004" / name
     path.write_bytes(path.read_bytes()[:-10])
+    teacher, hybrid = pair()
     with pytest.raises(CheckpointError, match=name):
-        run(rewrite(teacher, plan), teacher, ALIGN, out=tmp_path)
+        run(hybrid, teacher, ALIGN, out=tmp_path)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    teacher, hybrid, plan = pair()
+    teacher, hybrid = pair()
     with pytest.raises(Stop):
         run(hybrid, teacher, ALIGN, out=tmp_path, callback=stop_at("align", 5))
+    teacher, hybrid = pair()
     with pytest.raises(CheckpointError, match="seed=0"):
-        run(rewrite(teacher, plan), teacher, ALIGN, out=tmp_path, seed=1)
+        run(hybrid, teacher, ALIGN, out=tmp_path, seed=1)
+    with pytest.raises(CheckpointError, match="no such stage"):
+        run(hybrid, teacher, DISTIL, out=tmp_path)
+    with pytest.raises(CheckpointError, match="only 3 steps"):
+        run(hybrid, teacher, replace(ALIGN, steps=3), out=tmp_path)
+    teacher, hybrid = pair(strategy="all-linear")
     with pytest.raises(CheckpointError, match="another model or plan"):
-        run(rewrite(teacher, plan_heads(teacher, strategy="all-linear")), teacher, ALIGN, out=tmp_path)
-    with pytest.warns(UserWarning, match="another recipe"), pytest.raises(CheckpointError, match="no such stage"):
-        run(rewrite(teacher, plan), teacher, DISTIL, out=tmp_path)
+        run(hybrid, teacher, ALIGN, out=tmp_path)
 
 
-class Poisoned:
-    """Data from which one step's teacher turns to NaN: an embedding that is NaN is drawn at that step only."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def batch(self, step: int, stage: Stage, generator: torch.Generator) -> dict[str, Tensor]:
-        ids = torch.randint(3, 90, (stage.batch_size, stage.length), generator=generator)
-        return {"input_ids": torch.full_like(ids, 95) if (stage.name, step) == ("distil", self.step) else ids}
+def test_going_on_with_another_recipe_says_so(tmp_path: Path) -> None:
+    teacher, hybrid = pair()
+    with pytest.raises(Stop):
+        run(hybrid, teacher, ALIGN, out=tmp_path, callback=stop_at("align", 5))
+    teacher, hybrid = pair()
+    with pytest.warns(UserWarning, match="another recipe"):
+        result = run(hybrid, teacher, replace(ALIGN, lr=1e-3), out=tmp_path)
+    assert [record["lr"] > 1e-3 for record in result.history] == [True] * 4 + [False] * 2
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path: Path) -> None:
-    teacher, hybrid, plan = pair()
-    with torch.no_grad():
-        teacher.model.embed_tokens.weight[95] = float("nan")
-    with pytest.raises(DivergedError, match=r"'distil', step 4.*1-distil-00000002") as caught:
-        run(hybrid, teacher, ALIGN, DISTIL, data=Poisoned(3), out=tmp_path)
+    teacher, hybrid = pair()
+
+    def poison(record: dict[str, Any]) -> None:
+        if (record["stage"], record["step"]) == ("distil", 3):
+            with torch.no_grad():
+                hybrid.model.norm.weight[0] = math.nan
+
+    with pytest.raises(DivergedError, match=r"'distil', step 4: loss nan.*1-distil-00000002") as caught:
+        run(hybrid, teacher, ALIGN, DISTIL, out=tmp_path, callback=poison)
     assert str(tmp_path) in str(caught.value)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == ALIGN.num_steps + 3
-    run(rewrite(teacher, plan), teacher, ALIGN, DISTIL, data=Poisoned(99), out=tmp_path)
-    with pytest.raises(DivergedError, match="no checkpoint was written"):
-        run(rewrite(teacher, plan), teacher, DISTIL, data=Poisoned(0))
+    teacher, hybrid = pair()
+    assert len(run(hybrid, teacher, ALIGN, DISTIL, out=tmp_path).history) == ALIGN.num_steps + DISTIL.num_steps
 
 
 def test_a_parameter_that_is_not_finite_reaches_no_checkpoint(tmp_path: Path) -> None:
-    teacher, hybrid, _ = pair()
-    stage = Stage("lengthen", batch_size=1, length=8, steps=4, lr=3e38, lr_end=3e38, warmup=0, weight_decay=2.0)
-    with pytest.raises(DivergedError, match="no checkpoint was written"):
-        run(hybrid, teacher, stage, out=tmp_path, checkpoint_every=1)
+    teacher, hybrid = pair()
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[VOCABULARY - 1] = math.inf  # of a token that the data does not have
+    data = tokens() % (VOCABULARY - 1)
+    with pytest.raises(DivergedError, match=r"step 2: a parameter is not finite; no checkpoint was written"):
+        run(hybrid, teacher, LENGTHEN, data=data, out=tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -498,7 +541,7 @@ class Recorder:
 def test_arms_of_one_seed_see_the_same_tokens() -> None:
     seen = []
     for ratio, seed in (("3:1", 0), ("1:1", 0), ("3:1", 1)):
-        teacher, hybrid, _ = pair(ratio)
+        teacher, hybrid = pair(ratio)
         source = Recorder(seed)
         run(hybrid, teacher, ALIGN, DISTIL, data=source, seed=seed)
         seen.append(torch.stack(source.seen))
@@ -548,6 +591,8 @@ def test_every_form_of_data_gives_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_data_without_tokens_is_refused(tmp_path: Path) -> None:
+    from datasets import Dataset
+
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
     letters = Letters(bos=False)
@@ -560,6 +605,8 @@ def test_data_without_tokens_is_refused(tmp_path: Path) -> None:
         (torch.rand(8), "integers"),
         ([["a"]], "token ids"),
         (3, "int"),
+        (Dataset.from_dict({"text": ["a"]}), "tokenize it first"),
+        (Dataset.from_dict({"input_ids": [[1, 2]]}).to_iterable_dataset(), "streamed"),
     ):
         with pytest.raises(DataError, match=words):
             as_source(data, tokenizer=letters)

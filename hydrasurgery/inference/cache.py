@@ -106,7 +106,9 @@ def layer_state(cache: Any, module: nn.Module) -> HybridLayer | None:
         if isinstance(layer, StaticLayer):
             raise UnsupportedModelError(f"layer {index}: hybrids take a dynamic cache, not a {type(layer).__name__}")
         if layer.get_seq_length():
-            raise UnsupportedModelError(f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one")
+            raise UnsupportedModelError(
+                f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one"
+            )
         sliding = isinstance(layer, DynamicSlidingWindowLayer)
         layer = cache.layers[index] = HybridSlidingLayer(layer.sliding_window) if sliding else HybridLayer()
     return layer
@@ -114,7 +116,5 @@ def layer_state(cache: Any, module: nn.Module) -> HybridLayer | None:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes that a cache holds: keys, values and states."""
-    tensors = [
-        t for layer in cache.layers for t in (layer.keys, layer.values, *getattr(layer, "states", {}).values())
-    ]
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, *getattr(layer, "states", {}).values())]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

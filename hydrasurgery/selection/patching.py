@@ -83,7 +83,7 @@ def patch_heads(
         ProbeError: no pair is answered by the clean model, so nothing can be measured.
     """
     effects: dict[str, list[Tensor]] = {}
-    dropped: list[str] = []
+    dropped: list[str] = [] if pairs else ["none was given"]
     with torch.no_grad(), _evaluating(model), head_taps(model) as taps:
         whole = not _is_local(model, taps, pairs)
         rows = min(rows, batch_size) if whole else rows

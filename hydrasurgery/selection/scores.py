@@ -131,6 +131,7 @@ class HeadScores:
         lines = [
             f"Scores of {who}: {len(self.layers)} layers, {total} heads, {self.method}, {self.pairs} pairs{dropped}",
             f"{critical} heads above {CRITICAL} ({critical / total:.1%})",
+            *(f"dropped {reason}" for reason in self.dropped[:3]),
             "",
             "layer  head  importance  spread   error",
         ]

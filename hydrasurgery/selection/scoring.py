@@ -63,6 +63,10 @@ def score_heads(
         raise ProbeError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     if pairs is None:
         pairs = _needles(model, tokenizer, length, count, seed)
+    if not pairs:
+        raise ProbeError(
+            f"there is no pair to score {type(model).__name__} on; give count=... or pairs=... of at least 1."
+        )
     regions = capture(model)
     with _progress("scoring heads", len(pairs) + 1, progress) as advance:
         patched = None
@@ -130,9 +134,10 @@ def _layer(region: Any, fit: LinearFit, patched: PatchEffects | None) -> LayerSc
 
 @contextmanager
 def _progress(label: str, total: int, show: bool) -> Iterator[Any]:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)

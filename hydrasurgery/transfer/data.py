@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,14 +102,17 @@ def as_source(data: Any, *, tokenizer: Any = None, seed: int = 0) -> BatchSource
     Raises:
         DataError: there is no token in `data`, or it is of none of these forms.
     """
-    if isinstance(data, BatchSource) and not _is_dataset(data):
+    if isinstance(data, BatchSource) and not hasattr(data, "column_names"):  # a Dataset's `batch` means something else
         return data
     return TokenStream(_tokens(data, tokenizer), seed=seed, bos=_leading_bos(tokenizer))
 
 
-def _is_dataset(data: Any) -> bool:
-    """Whether `data` is a `datasets.Dataset` of tokens, which has a `batch` of another meaning."""
-    return "input_ids" in (getattr(data, "column_names", None) or ())
+def _dataset_tokens(data: Any) -> np.ndarray:
+    if "input_ids" not in data.column_names:
+        raise DataError(f"the dataset has columns {data.column_names}, not 'input_ids': tokenize it first")
+    if not hasattr(data, "__len__"):
+        raise DataError("a streamed dataset has no order to resume from: take a part of it, or save its tokens as .npy")
+    return _concatenate(itertools.chain.from_iterable(rows["input_ids"] for rows in data.iter(batch_size=1000)))
 
 
 def _tokens(data: Any, tokenizer: Any) -> np.ndarray:
@@ -118,8 +122,8 @@ def _tokens(data: Any, tokenizer: Any) -> np.ndarray:
         return data.reshape(-1)
     if isinstance(data, (str, os.PathLike)):
         return _file_tokens(Path(data), tokenizer)
-    if _is_dataset(data):
-        return _concatenate(row["input_ids"] for row in data)
+    if hasattr(data, "column_names"):
+        return _dataset_tokens(data)
     if isinstance(data, Sequence):
         return _concatenate(data)
     raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,8 @@ class SplitModel:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.backbone = model
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        if decoder is not None and decoder is not model and self._halves_agree(decoder):
+        decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
+        if decoder is not model and self._halves_agree(decoder):
             self.backbone = decoder
 
     def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -108,6 +108,7 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         target: [B, T, hidden], what the teacher's layer gives.
         mask: bool [B, T], True for tokens that count.
     """
+    mask = mask.to(output.device)
     output, target = output[mask].float(), target[mask].float()
     return (output - target).square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -138,14 +139,17 @@ def language_loss(
     Returns:
         The loss, a scalar with a gradient, and its parts without: `ce`, and `kl` if there is a teacher.
     """
-    targets = next_labels(batch.labels)
+    targets = next_labels(batch)
     kl_total, ce_total = totals or loss_totals(batch)
-    rows = ((batch.mask if teacher is not None else False) | (targets != IGNORED)).reshape(-1).nonzero().squeeze(-1)
+    rows = (batch.mask if teacher is not None else targets != IGNORED).reshape(-1).nonzero().squeeze(-1)
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, 1)[rows.to(tensor.device)]
+
+    with torch.no_grad():  # before the student, whose activations are not there yet
+        wanted = [] if teacher is None else [chosen(teacher.hidden(batch.inputs))]
     hidden = student.hidden(batch.inputs)
-    pieces = [hidden.flatten(0, 1)[rows], targets.reshape(-1)[rows], batch.mask.reshape(-1)[rows]]
-    if teacher is not None:
-        with torch.no_grad():
-            pieces.append(teacher.hidden(batch.inputs).flatten(0, 1)[rows])
+    pieces = [chosen(hidden), chosen(targets).to(hidden.device), *wanted]
     size = chunk or max(1, _CHUNK_ELEMENTS // _vocabulary(student, hidden))
     kl = ce = hidden.new_zeros((), dtype=torch.float32)
     for piece in zip(*(tensor.split(size) for tensor in pieces), strict=True):
@@ -159,12 +163,12 @@ def language_loss(
 
 def loss_totals(batch: Batch) -> tuple[int, int]:
     """How many tokens of `batch` count in the KL and in the cross entropy."""
-    return int(batch.mask.sum()), int((next_labels(batch.labels) != IGNORED).sum())
+    return int(batch.mask.sum()), int((next_labels(batch) != IGNORED).sum())
 
 
-def next_labels(labels: Tensor) -> Tensor:
-    """[B, T] labels -> for each position the label of the next one, -100 at the end."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+def next_labels(batch: Batch) -> Tensor:
+    """For each position [B, T] the label of the next one; -100 at the end, and at padding, which predicts nothing."""
+    return F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).masked_fill(~batch.mask, IGNORED)
 
 
 def _vocabulary(model: SplitModel, hidden: Tensor) -> int:
@@ -177,15 +181,13 @@ def _token_sums(
     teacher: SplitModel | None,
     hidden: Tensor,
     targets: Tensor,
-    mask: Tensor,
     teacher_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over a chunk of tokens: (KL where `mask`, cross entropy where `targets`), in fp32 whatever the autocast."""
+    """(KL, cross entropy where there is a target), summed over a chunk of tokens, in fp32 whatever the autocast."""
     log_student = student.logits(hidden).float().log_softmax(-1)
     ce = F.nll_loss(log_student, targets, ignore_index=IGNORED, reduction="sum")
     if teacher is None or teacher_hidden is None:
         return torch.zeros_like(ce), ce
     with torch.no_grad():
-        log_teacher = teacher.logits(teacher_hidden).float().log_softmax(-1)
-    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-    return (kl * mask).sum(), ce
+        log_teacher = teacher.logits(teacher_hidden).to(log_student.device).float().log_softmax(-1)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True), ce

@@ -232,7 +232,8 @@ class _Follow:
         self.ce_weight = 1.0 if teacher is None else stage.ce_weight
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        totals, sums = loss_totals(batch), {}
+        totals = loss_totals(batch)
+        sums: dict[str, Tensor] = {}
         for piece in batch.split(self.micro_batch):
             loss, parts = language_loss(self.student, self.teacher, piece, ce_weight=self.ce_weight, totals=totals)
             loss.backward()
@@ -253,12 +254,13 @@ class _Align:
         self.regions = {n: region for n, region in regions if any(p.requires_grad for p in region.parameters())}
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        total, sums = batch.mask.sum(), {}
+        total = int(batch.mask.sum())
+        sums: dict[str, Tensor] = {}
         for piece in batch.split(self.micro_batch):
-            _add(sums, {"loss": self._layers(piece, piece.mask.sum() / total)})
+            _add(sums, {"loss": self._layers(piece, int(piece.mask.sum()) / total)})
         return sums
 
-    def _layers(self, batch: Batch, share: Tensor) -> Tensor:
+    def _layers(self, batch: Batch, share: float) -> Tensor:
         losses: list[Tensor] = []
 
         def follow(region: nn.Module) -> Callable[..., None]:
@@ -267,7 +269,7 @@ class _Align:
                     error = relative_error(_first(region(*args, **_uncached(kwargs))), _first(output), batch.mask)
                     loss = error * share / len(self.regions)
                     loss.backward()
-                losses.append(loss.detach())
+                losses.append(loss.detach().to(batch.mask.device))
 
             return hook
 

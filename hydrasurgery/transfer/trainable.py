@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
 from hydrasurgery.errors import PlanError
 from hydrasurgery.raising import ATTENTION
 from hydrasurgery.regions import RegionModule, region_modules
+from hydrasurgery.state import extend_kv
 from hydrasurgery.transfer.recipe import Stage
 
 
@@ -61,6 +63,9 @@ def _matrices_behind(region: RegionModule, nodes: Iterable[Any]) -> set[str]:
         if node in seen:
             continue
         seen.add(node)
+        if node.target is operator.getitem and node.all_input_nodes[0].target is extend_kv:
+            _, *key_and_value = node.all_input_nodes[0].args  # one node for both, which stay apart
+            node = cast(fx.Node, key_and_value[cast(int, node.args[1])])
         queue.extend(node.all_input_nodes)
         if node.op in ("call_module", "get_attr"):
             inside = f"{node.target}."

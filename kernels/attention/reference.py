@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Scores held at once (over batch and heads): 16 MB in fp32 in the backward; in the eager forward high enough that a
-# sequence which transformers itself could run is one block, since blocking may change the last bit of a product.
-BACKWARD_SCORES = 1 << 22
+# Scores held at once, over batch and heads. Backward: 4 MB of fp32 stay in a CPU's cache, an accelerator wants larger products.
+# Eager forward: high enough that whatever transformers itself could run is one block, for a block may round otherwise.
+BACKWARD_SCORES_CPU = 1 << 20
+BACKWARD_SCORES = 1 << 25
 EAGER_SCORES = 1 << 28
 
 
@@ -39,16 +40,13 @@ def forward(
     queries, keys = q.shape[2], k.shape[2]
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    flag = False
-    if mask is None:
-        # The flag of SDPA aligns the triangle top-left, which is the same only for a square one.
-        flag = causal and queries == keys and queries > 1 and not _bites(window, keys)
-        if not flag:
-            mask = visible_keys(queries, keys, causal, window, q.device)
-    if softcap is None and sinks is None:
-        return _sdpa(q, k, v, mask, scale, flag)
-    if flag:
+    fast = softcap is None and sinks is None
+    # SDPA's own flag aligns the triangle top-left, which is the same only for a square one.
+    flag = fast and mask is None and causal and 1 < queries == keys and not _bites(window, keys)
+    if mask is None and not flag:
         mask = visible_keys(queries, keys, causal, window, q.device)
+    if fast:
+        return _sdpa(q, k, v, mask, scale, flag)
     return _eager(q, k, v, mask, sinks, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
 
@@ -78,14 +76,14 @@ def backward(
     grad_all = grad.to(dtype).transpose(1, 2)
     dq, dk, dv = torch.zeros_like(q_all), torch.zeros_like(keys), torch.zeros_like(values)
     dsinks = None if sinks is None else torch.zeros(heads, dtype=dtype, device=q.device)
-    for rows, cols in _blocks(batch * heads, queries, keys.shape[2], mask, causal, window):
+    for rows, cols in _blocks(q, k, mask, causal, window):
         # Heads of a group stacked along the queries: one product a group, and dk, dv are summed over its heads by it.
         stack = (batch, groups, -1)
         q_rows = q_all[:, :, rows].reshape(*stack, q.shape[-1])
         grad_rows = grad_all[:, :, rows].reshape(*stack, v.shape[-1])
         k_cols, v_cols = keys[:, :, cols], values[:, :, cols]
         shape = (batch, heads, rows.stop - rows.start, cols.stop - cols.start)
-        hidden = _block_mask(rows, cols, q, keys, mask, causal, window)
+        hidden = _block_mask(rows, cols, q, k, mask, causal, window)
         p, p_sink, slope = _probabilities((q_rows @ k_cols.mT).view(shape), hidden, sinks, softcap)
         dp = (grad_rows @ v_cols.mT).view(shape)
         delta = (p * dp).sum(-1, keepdim=True)
@@ -94,7 +92,7 @@ def backward(
             ds.mul_(slope)
         if dsinks is not None:
             dsinks -= (p_sink * delta).sum((0, 2, 3))
-        ds, p = ds.view(*stack, shape[-1]), p.view(*stack, shape[-1])
+        ds, p = ds.view(*stack, shape[-1]), p.reshape(*stack, shape[-1])
         dq[:, :, rows] = (ds @ k_cols).view(batch, heads, shape[2], -1)
         dk[:, :, cols] += ds.mT @ q_rows
         dv[:, :, cols] += p.mT @ grad_rows
@@ -125,7 +123,8 @@ def _visible(
 
 
 def _repeat_heads(x: Tensor, times: int) -> Tensor:
-    return x if times == 1 else x.repeat_interleave(times, dim=1)
+    # Expanded and not `repeat_interleave`d: of a single head this is a view, and products of it round as transformers' do.
+    return x if times == 1 else x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, flag: bool) -> Tensor:
@@ -186,10 +185,13 @@ def _eager_weights(
 
 
 def _blocks(
-    maps: int, queries: int, keys: int, mask: Tensor | None, causal: bool, window: int | None
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None
 ) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries with the span of keys that any of them may see."""
-    step, offset = max(1, BACKWARD_SCORES // (maps * keys)), keys - queries
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    budget = BACKWARD_SCORES_CPU if q.device.type == "cpu" else BACKWARD_SCORES
+    step, offset = max(1, budget // (batch * heads * keys)), keys - queries
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         low, high = 0, keys
@@ -202,39 +204,33 @@ def _blocks(
 
 
 def _block_mask(
-    rows: slice, cols: slice, q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, window: int | None
+    rows: slice, cols: slice, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None
 ) -> Tensor | None:
     if mask is not None:
         return mask[:, :, rows, cols]
     if not causal and window is None:
         return None
-    return _visible(rows, cols, keys.shape[2] - q.shape[2], causal, window, q.device)
+    return _visible(rows, cols, k.shape[2] - q.shape[2], causal, window, q.device)
 
 
 def _probabilities(
     scores: Tensor, mask: Tensor | None, sinks: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(p, p of the sink, slope of the softcap) of one block; p is 0 where a query may attend to nothing."""
-    slope, alive = None, None
+    """(p, p of the sink, slope of the softcap) of one block; p is 0 where a query may attend to nothing. `scores` is used up."""
+    slope, p_sink = None, None
     if softcap is not None:
-        bent = torch.tanh(scores / softcap)
+        bent = scores.div_(softcap).tanh_()
         scores, slope = bent * softcap, 1 - bent * bent
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores.masked_fill_(~mask, -torch.inf)
     elif mask is not None:
-        alive = (mask > torch.finfo(mask.dtype).min / 2).any(-1, keepdim=True)
-        scores = scores + mask
-    top = scores.amax(-1, keepdim=True)
+        scores.add_(mask)
+        mask = mask > torch.finfo(mask.dtype).min / 2
     if sinks is not None:
-        sink = sinks.to(scores.dtype).view(1, -1, 1, 1)
-        top = torch.maximum(top, sink)
-    top = top.masked_fill(top == -torch.inf, 0)
-    p = (scores - top).exp_()
-    total = p.sum(-1, keepdim=True)
-    p_sink = None
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    p = scores.softmax(-1)
+    if mask is not None:
+        p.masked_fill_(~mask.any(-1, keepdim=True), 0)
     if sinks is not None:
-        p_sink = (sink - top).exp_()
-        total = total + p_sink
-        p_sink = p_sink / total
-    p = p.div_(total.masked_fill(total == 0, 1))
-    return p if alive is None else p.mul_(alive), p_sink, slope
+        p, p_sink = p[..., :-1], p[..., -1:]
+    return p, p_sink, slope

@@ -34,9 +34,7 @@ def backward(
     return dpadded[:, width - 1 :].to(x.dtype), dweight.to(weight.dtype), dstate
 
 
-def _history(
-    x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _history(x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The state and x as one sequence [B, W-1+T, C], and the number of each position's document (None: only one)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     before = weight.shape[1] - 1

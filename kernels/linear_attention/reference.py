@@ -1,7 +1,7 @@
 """Linear attention in plain PyTorch, in chunks: matrix products inside a chunk, one small recurrence from chunk to chunk.
 
-One chunk of C tokens starts from the state S [K, V]. With G_i the log decay summed from the chunk's first token to token i
-(a number a head, or one a key channel; 0 for the rules without decay), "*" elementwise and rows as tokens:
+One chunk of C tokens (64, or 32 for narrow heads) starts from the state S [K, V]. With G_i the log decay summed from the chunk's
+first token to token i (a number a head, or one a key channel; 0 for the rules without decay), "*" elementwise and rows as tokens:
 
     A_ij = q_i . (k_j e^{G_i - G_j}) for j <= i          (`pair`; q holds the scale)
     P_ij = k_i . (k_j e^{G_i - G_j}) for j < i
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 64
+LONGEST_CHUNK = 64
 SEGMENT = 2048  # Tokens worked on at once. States and products of more chunks than these never exist together.
 # exp(-1e4) is 0 in every dtype; sums of a chunk of such decays are still exact to 1e-9 in fp64.
 STRONGEST_DECAY = -1.0e4
@@ -278,7 +278,7 @@ def _load(
     dtype: torch.dtype,
 ) -> _Part:
     length = q[:, span].shape[1]
-    chunk = min(CHUNK, 1 << (length - 1).bit_length())
+    chunk = min(_chunk_length(q.shape[-1]), 1 << (length - 1).bit_length())
     if decay is None:
         # One table of ones for all: the products broadcast.
         steps = q.new_zeros(1, 1, chunk, 1, dtype=torch.float64)
@@ -290,6 +290,11 @@ def _load(
     writes = None if beta is None else _chunked(_columns(beta[:, span]), chunk, dtype)
     queries = _chunked(q[:, span], chunk, dtype).mul_(scale)
     return _Part(queries, _chunked(k[:, span], chunk, dtype), _chunked(v[:, span], chunk, dtype), writes, table, scale)
+
+
+def _chunk_length(channels: int) -> int:
+    """A chunk's scores are C x C, its transition K x K: for narrow heads a shorter chunk is less work."""
+    return LONGEST_CHUNK if channels > 32 else LONGEST_CHUNK // 2
 
 
 def _columns(gate: Tensor) -> Tensor:
