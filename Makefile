@@ -20,7 +20,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	cd $(VENV) && bin/python -m mypy -p hydrasurgery
+	$(RUN) -m mypy hydrasurgery
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

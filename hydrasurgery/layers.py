@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrasurgery import ops
+from hydrasurgery.ops import select_heads
 
 FORGET = -50.0  # log decay at a document's first token: exp(-50) of the old state is nothing in fp32
 
@@ -105,4 +105,4 @@ def merge_heads(full: Tensor, linear: Tensor, linear_heads: tuple[int, ...]) -> 
     full_heads = [h for h in range(total) if h not in linear_heads]
     order = [*full_heads, *linear_heads]
     slots = tuple(order.index(h) for h in range(total))
-    return ops.select_heads(torch.cat([full, linear], dim=2), slots, 2)
+    return select_heads(torch.cat([full, linear], dim=2), slots, 2)

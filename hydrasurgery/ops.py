@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hydrasurgery.kernels.attention import reference as _attention_kernel
 from hydrasurgery.kernels.causal_conv import reference as _causal_conv_kernel
@@ -196,9 +195,9 @@ def scale_norm_fusion(
     Raises:
         ValueError: a shape or slot does not fit; the message names the argument.
     """
-    if o_full is None and o_linear is None:
-        raise ValueError("o_full and o_linear are both None: at least one kind of head is needed")
     first = o_full if o_full is not None else o_linear
+    if first is None:
+        raise ValueError("o_full and o_linear are both None: at least one kind of head is needed")
     _expect("o_full" if o_full is not None else "o_linear", first, (None, None, None, None))
     batch, length, _, dim = first.shape
     full = 0 if o_full is None else o_full.shape[2]
@@ -212,7 +211,7 @@ def scale_norm_fusion(
         )
     _expect("gamma", gamma, (full + linear if norm_full else linear,))
     if gate is not None:
-        _expect("gate", gate, (batch, length, linear, 1 if gate.shape[-1] == 1 else dim))
+        _expect("gate", gate, (batch, length, linear, 1 if gate.shape[-1:] == (1,) else dim))
     return torch.ops.hydra.scale_norm_fusion.default(
         o_full, o_linear, gamma, gate, linear_heads=slots, norm_full=norm_full, eps=eps
     )
@@ -258,13 +257,11 @@ def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Ten
         flags = hidden_states.new_ones((batch, length), dtype=torch.bool)
         return flags, ~flags
     first = mask[:, 0]
-    offset = first.shape[2] - first.shape[1]
-    # Slices and main diagonals only: the offset of a diagonal must be a constant, and S - T is not one in an exported graph.
-    own = first.narrow(2, offset, first.shape[1]).diagonal(dim1=1, dim2=2)
-    before = first[:, 1:].narrow(2, offset, first.shape[1] - 1).diagonal(dim1=1, dim2=2)
-    edge = F.pad(_may_attend(first[:, 0]), (1, 0), value=True).narrow(1, offset, 1)
-    valid = _may_attend(own)
-    reset = valid & ~torch.cat([edge, _may_attend(before)], dim=1)
+    own = torch.arange(first.shape[1], device=mask.device) + (first.shape[2] - first.shape[1])
+    # Gathered and not sliced along a diagonal: that would need slices of T - 1, and an exported graph would exclude T = 2.
+    columns = torch.stack([own, (own - 1).clamp(min=0)], dim=-1).expand(first.shape[0], -1, -1)
+    valid, follows = _may_attend(first.gather(2, columns)).unbind(-1)
+    reset = valid & ~follows & (own > 0)
     return valid.expand(batch, length), reset.expand(batch, length)
 
 
@@ -304,7 +301,7 @@ def _check_rule(rule: str, decay: Tensor | None, beta: Tensor | None) -> None:
 
 
 def _exact(x: Tensor) -> Tensor:
-    """x as its fake kernel promised it: dense, also along dimensions of size 1, and alone in its memory (a slice would keep it all)."""
+    """x as its fake kernel promised it: dense, dimensions of size 1 included, and no slice that keeps a larger tensor alive."""
     flat = x.contiguous().reshape(-1)
     return (flat if flat.untyped_storage().nbytes() == flat.nbytes else flat.clone()).view(x.shape)
 

@@ -26,7 +26,7 @@ class HydraConfig(QuantizationConfigMixin):
     """The surgery that a checkpoint needs: its plan (as JSON data) and its pipeline (as a string)."""
 
     def __init__(self, plan: dict[str, Any], pipeline: str, **kwargs: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.plan = plan
         self.pipeline = pipeline
 
@@ -40,7 +40,7 @@ class HydraSurgeon(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from hydrasurgery.rewrite import apply_plan
 
-        config = self.quantization_config
+        config: Any = self.quantization_config
         try:
             plan = Plan.from_json(json.dumps(config.plan))
             apply_plan(model, plan, config.pipeline)
@@ -48,8 +48,6 @@ class HydraSurgeon(HfQuantizer):
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint's surgery does not fit it: {error}"
             ) from error
-        for module in model.modules():
-            module._is_hf_initialized = getattr(module, "_is_hf_initialized", False)
         return model
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -63,7 +61,7 @@ class HydraSurgeon(HfQuantizer):
         return True
 
 
-def mark(hybrid: nn.Module, plan: Plan, pipeline: str) -> None:
+def mark(hybrid: Any, plan: Plan, pipeline: str) -> None:
     """Write the surgery into the hybrid's config, so that `save_pretrained` saves it."""
     surgery = HydraConfig(json.loads(plan.to_json()), pipeline)
     hybrid.config.quantization_config = surgery

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hydrasurgery import ops  # noqa: F401  (registers hydra::attention)
+import hydrasurgery.ops  # noqa: F401  (registers hydra::attention)
 from hydrasurgery.errors import UnsupportedModelError
 
 ATTENTION = torch.ops.hydra.attention.default

@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from hydrasurgery import ops
 from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.raising import ATTENTION, raise_attention
 
@@ -90,7 +89,7 @@ class Inputs:
         """Values of the placeholders, in order; an absent argument is None."""
         values = []
         for _, path in self.paths:
-            value = bound.get(path[0])
+            value = bound.get(str(path[0]))
             for step in path[1:]:
                 value = None if value is None else value[step]
             values.append(value)
@@ -261,7 +260,8 @@ def graph_to_data(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The graph's nodes as plain data (ops by name), for pickling and copying."""
 
     def encode(value: Any) -> Any:
-        return fx.node.map_aggregate(value, lambda v: _Ref(v.name) if isinstance(v, fx.Node) else v)
+        refer: Callable[[Any], Any] = lambda v: _Ref(v.name) if isinstance(v, fx.Node) else v  # noqa: E731
+        return fx.node.map_aggregate(value, refer)
 
     def name_of(target: Any) -> Any:
         return ("op", str(target)) if isinstance(target, torch._ops.OpOverload) else target
@@ -279,7 +279,7 @@ def graph_to_data(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 def graph_from_data(data: list[tuple[Any, ...]]) -> fx.Graph:
     """Inverse of `graph_to_data`."""
-    graph, made = fx.Graph(), {}
+    graph, made = fx.Graph(), dict[str, fx.Node]()
     for name, op, target, args, kwargs, shape in data:
         if isinstance(target, tuple):
             namespace, op_name, overload = target[1].split(".")
@@ -339,9 +339,8 @@ def _watched(model: nn.Module) -> Iterator[_Watch]:
 @contextlib.contextmanager
 def _hydra_interface(model: nn.Module) -> Iterator[None]:
     """For the time of the block a Hugging Face model's attention calls become `hydra::attention`."""
-    configs = {
-        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -381,10 +380,26 @@ def _run_once(model: nn.Module, example: Any) -> _Watch:
             raise
         except Exception as error:
             failure = error
+    if next(model.parameters()).is_meta:  # some models read values on the way (routing, positions): give them zeros
+        return _run_twin(model, example)
     raise UnsupportedModelError(
         f"{type(model).__name__} could not be run on a tiny input ({type(failure).__name__}: {failure}); "
         "pass example_inputs=..., what its forward takes"
     ) from failure
+
+
+def _run_twin(model: nn.Module, example: Any) -> _Watch:
+    """Run a copy of an empty model on zeros, and note its attention calls as calls of `model` itself."""
+    twin = copy.deepcopy(model).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.zero_()
+    watch = _run_once(twin, example)
+    watch.attention = [
+        (name, model.get_submodule(name), *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs)))
+        for name, _, args, kwargs in watch.attention
+    ]
+    return watch
 
 
 def refuse_known(model: nn.Module) -> None:
@@ -473,7 +488,7 @@ def _shape_key(owner: nn.Module, kwargs: dict[str, Any]) -> Any:
         k: v for k, v in vars(owner).items() if isinstance(v, (bool, int, float, str, type(None))) and k != "layer_idx"
     }
     if simple.get("scale_attn_by_inverse_layer_idx"):
-        simple["layer_idx"] = owner.layer_idx
+        simple["layer_idx"] = owner.__dict__["layer_idx"]
     shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in owner.named_parameters())
     call = tuple((k, v is None) for k, v in kwargs.items())
     return type(owner), tuple(sorted(simple.items(), key=str)), shapes, call
@@ -530,7 +545,8 @@ def _outline(
     user_inputs = iter(leaves)
     nodes = [n for n in program.graph.nodes if not _is_assertion(n)]
     groups = _fold(nodes)
-    graph, made, paths = fx.Graph(), {}, []
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    paths: list[tuple[str, tuple[str | int, ...]]] = []
     source: fx.Node | None = None
 
     for node in nodes:
@@ -543,10 +559,10 @@ def _outline(
                 )
             path, leaf = next(user_inputs)
             if isinstance(leaf, Tensor):
-                steps = tuple(getattr(k, "key", getattr(k, "idx", None)) for k in path)
+                steps = tuple(getattr(k, "key", getattr(k, "idx", 0)) for k in path)
                 made[node] = graph.placeholder(node.name.removeprefix("call_"))
                 made[node].meta["shape"] = _shape(node)
-                paths.append((made[node].target, steps))
+                paths.append((str(made[node].target), steps))
                 if source is None and made[node].meta["shape"][:-1] == ("B", "T"):
                     source = made[node]
             continue
@@ -584,7 +600,7 @@ def _outline(
     cache = next((n for n in (*named, *kwargs) if n in CACHE_ARGUMENTS), None)
     if source is None:
         raise UnsupportedModelError(f"{type(owner).__name__} takes no hidden states [batch, length, channels]")
-    return graph, Inputs(tuple(named), tuple(paths), source.target, cache)
+    return graph, Inputs(tuple(named), tuple(paths), str(source.target), cache)
 
 
 def _dynamic_size(node: fx.Node) -> int | None:
@@ -614,7 +630,7 @@ def _fold(nodes: list[fx.Node]) -> dict[fx.Node, _Call]:
         if call:
             members.setdefault(call[0], []).append(node)
             names[call[0]] = call[1]
-    folded = {}
+    folded: dict[fx.Node, _Call] = {}
     for key, inside in members.items():
         own = set(inside)
         outside = {
@@ -625,8 +641,7 @@ def _fold(nodes: list[fx.Node]) -> dict[fx.Node, _Call]:
         }
         results = [n for n in inside if any(u not in own and not _is_assertion(u) for u in n.users)]
         if len(outside) == 1 and len(results) == 1:
-            call = _Call(names[key], next(iter(outside)), results[0])
-            folded.update(dict.fromkeys(inside, call))
+            folded.update(dict.fromkeys(inside, _Call(names[key], next(iter(outside)), results[0])))
     return folded
 
 
@@ -705,6 +720,7 @@ def restore(model: nn.Module) -> nn.Module:
                 f"{name} holds no original (a copy or a loaded checkpoint); load the teacher instead"
             )
     for name, module in modules.items():
+        assert module.original is not None
         replace_module(model, name, module.original)
     return model
 
@@ -726,7 +742,8 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
         node = region.find(ATTENTION)[0]
         with region.graph.inserting_after(node):
             tap = region.graph.call_module("hydra.tap", (node,))
-        node.replace_all_uses_with(tap, delete_user_cb=lambda user, tap=tap: user is not tap)
+        for user in [u for u in node.users if u is not tap]:
+            user.replace_input_with(node, tap)
         originals[region.name] = model.get_submodule(region.name)
     try:
         with _hydra_interface(model):
@@ -742,7 +759,6 @@ __all__ = [
     "RegionModule",
     "capture",
     "head_taps",
-    "ops",
     "region_modules",
     "register_interface",
     "restore",

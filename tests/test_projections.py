@@ -16,7 +16,7 @@ from hydrasurgery.errors import PreconditionError
 from tests.families import FusedAttention, GroupedAttention, PlainDecoder, tiny
 from tests.test_families import IDS, half_plan, stir
 
-UNTIED = ("qwen3", "llama", "phi", "phi3", "gpt2", "olmo2")
+UNTIED = ("qwen3", "llama", "phi3", "gpt2", "olmo2")
 KINDS = ("full", "linear", "linear", "full")
 UNEVEN = ("full", "full", "linear", "full")  # the kept KV heads are read by 2 and 1 full heads
 
@@ -78,7 +78,7 @@ def test_saved_copied_and_pickled_hybrids_are_bit_equal(both: tuple[nn.Module, n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["phi3"])
 def test_untying_alone_is_bit_exact(family: str) -> None:
     model = tiny(family)
     tail = "linearize-heads,fuse-heads,thread-state"
@@ -144,7 +144,7 @@ def test_one_kind_of_head_and_dropped_groups(kinds: tuple[str, ...]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3"])
 def test_pruning_a_tied_region_leaves_shared_projections(family: str) -> None:
     model = tiny(family)
     steps = "canonicalize-attention,split-heads,prune-projections,linearize-heads,fuse-heads,thread-state"

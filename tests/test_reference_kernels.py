@@ -148,7 +148,7 @@ def test_strong_decay_is_exact_in_single_precision(rule, channels, strength):
     grads = torch.autograd.grad(found[0].square().sum() + found[1].square().sum(), list(single.values()))
     exact = torch.autograd.grad(wanted[0].square().sum() + wanted[1].square().sum(), list(inputs.values()))
     assert all(x.isfinite().all() for x in (*found, *grads))
-    scales = [max(1.0, float(x.abs().max())) for x in (*wanted, *exact)]
+    scales = [max(1.0, float(x.detach().abs().max())) for x in (*wanted, *exact)]
     for have, want, scale in zip((*found, *grads), (*wanted, *exact), scales, strict=True):
         torch.testing.assert_close(have.double() / scale, want / scale, rtol=0, atol=2e-5)
 
@@ -223,16 +223,15 @@ def attention_by_loops(q, k, v, mask=None, sinks=None, *, scale=None, causal=Tru
 
 
 def draw_mask(kind: str, queries: int, keys: int) -> Tensor | None:
-    seen = torch.rand(2, 1, queries, keys) < 0.6
-    seen[:, :, 0] = False
-    seen[:, :, 1:, keys - 1] = True
-    if kind == "per head":
-        return seen.expand(2, 4, queries, keys).clone() & (torch.rand(2, 4, queries, keys) < 0.8)
+    """A mask for 4 heads; the first of several queries sees nothing, except under the float one."""
+    if kind == "none":
+        return None
     if kind == "float":
-        bias = torch.randn(1, 4, queries, keys, dtype=DOUBLE)
-        bias[..., 0] = -torch.inf
-        return bias
-    return seen if kind == "bool" else None
+        return torch.randn(1, 4, queries, keys, dtype=DOUBLE).index_fill(3, torch.arange(keys // 2), -torch.inf)
+    seen = torch.rand(2, 4 if kind == "per head" else 1, queries, keys) < 0.5
+    seen[..., 0, :] = False
+    seen[..., -1, -1] = True
+    return seen
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "per head", "float"])
@@ -241,8 +240,6 @@ def draw_mask(kind: str, queries: int, keys: int) -> Tensor | None:
 def test_attention_equals_loops(kind, softcap, with_sinks):
     for groups, queries, keys in ((4, 4, 4), (2, 4, 6), (1, 1, 5), (2, 1, 1)):
         mask = draw_mask(kind, queries, keys)
-        if kind == "float" and keys == 1:
-            continue
         q, k, v = normal(2, 4, queries, 3), normal(2, groups, keys, 3), normal(2, groups, keys, 5)
         sinks = normal(4) if with_sinks else None
         inputs = [q, k, v] if sinks is None else [q, k, v, sinks]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hydrasurgery.demo.corpus import training_batch
-from hydrasurgery.demo.teacher import load_teacher
+from hydrasurgery.demo.teacher import SHIPPED, load_teacher
+from hydrasurgery.errors import CheckpointError
 from hydrasurgery.evaluation import encode_text, evaluate, library_text
 from hydrasurgery.files import atomic_directory, atomic_write_json, atomic_write_text
 from hydrasurgery.forecast import forecast
@@ -66,6 +67,11 @@ def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None)
     """
     out, console, begun = Path(out), Console(stderr=True), time.monotonic()
     recipe = recipe or RECIPES["demo"]
+    if not SHIPPED.exists():
+        raise CheckpointError(
+            f"{SHIPPED}: no teacher is shipped yet; train one (some 20 minutes on two cores) with "
+            f"python -m hydrasurgery.demo.teacher --out {SHIPPED}"
+        )
     teacher, tokenizer = load_teacher()
     train_text, held_out = (encode_text(tokenizer, library_text(part)) for part in ("train", "held-out"))
     data = Mixture(tokenizer, train_text)
@@ -112,15 +118,16 @@ def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None)
 def _save_and_reload(hybrid: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, text: Tensor) -> str:
     """Save the hybrid, load it as a user would, check that it says the same, and return what it generates."""
     with atomic_directory(folder) as temporary:
-        hybrid.save_pretrained(temporary)
+        hybrid.save_pretrained(temporary)  # type: ignore[operator]
         tokenizer.save_pretrained(temporary)
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = text[None, :48]
     settings: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    before, after = (m.eval().generate(prompt, **settings) for m in (hybrid, loaded))
+    models: tuple[Any, Any] = hybrid, loaded
+    before, after = (m.eval().generate(prompt, **settings) for m in models)
     if not torch.equal(before, after):
         raise RuntimeError(f"{folder}: the reloaded hybrid generates other tokens than the one that was saved")
-    return tokenizer.decode(after[0, 48:])
+    return str(tokenizer.decode(after[0, 48:]))
 
 
 def report(arms: list[Arm], recipe: Recipe, sample: str, seconds: float) -> str:

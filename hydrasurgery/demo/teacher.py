@@ -174,7 +174,7 @@ def _losses(logits: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, 
     return (each * text).sum() / text.sum().clamp(min=1), (each * answers).sum() / answers.sum().clamp(min=1)
 
 
-def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]

@@ -126,7 +126,7 @@ def evaluate(
     if has_symbols(tokenizer):
         makers["dense"] = lambda n: dense_recall(tokenizer, n, count, seed, text_ids=text_ids)
     makers["perplexity"] = lambda n: plain_text(tokenizer, n, count, seed, text_ids=text_ids)
-    results: dict[str, dict[str, float]] = {name: {} for name in makers} | {"chance": {}}
+    results: dict[str, dict[str, float]] = {name: {} for name in (*makers, "chance")}
     divergence: dict[str, list[float]] = {}
     with _bar(progress) as bar:
         task = bar.add_task("evaluate", total=len(makers) * len(lengths), note="")
@@ -201,7 +201,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

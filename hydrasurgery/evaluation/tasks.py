@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -377,7 +377,7 @@ def _writer(tokenizer: PreTrainedTokenizerBase) -> _Writer:
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> np.ndarray:
-    ids = tokenizer.convert_tokens_to_ids(list(names))
+    ids: Any = tokenizer.convert_tokens_to_ids(list(names))
     for name, token in zip(names, ids, strict=True):
         if token is None or token == tokenizer.unk_token_id:
             raise TokenizerError(

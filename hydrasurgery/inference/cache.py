@@ -56,7 +56,7 @@ class HybridLayer(_States, DynamicLayer):
         super().reset()
         self._begin()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
             super().reorder_cache(beam_idx)
         self._map(lambda s: s.index_select(0, beam_idx.to(s.device)))
@@ -98,7 +98,7 @@ def layer_state(cache: Any, module: nn.Module) -> HybridLayer | None:
     """
     if cache is None:
         return None
-    index = module.layer_idx
+    index: int = module.layer_idx  # type: ignore[assignment]
     while len(cache.layers) <= index:
         cache.layers.append(HybridLayer())
     layer = cache.layers[index]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ def calibrate(
 
 def _apply(module: RegionModule, fit: LinearFit, o: Tensor) -> None:
     linear = [h for h, kind in enumerate(module.kinds) if kind == "linear"]
-    added = module.hydra
+    added: Any = module.hydra
     if hasattr(added, "decay"):
         added.decay.set_half_life(fit.half_life[linear])
     if hasattr(added, "beta"):

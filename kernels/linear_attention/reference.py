@@ -85,7 +85,8 @@ def backward(
     starts = [_first_state(q, k, v, state)]
     dtype = starts[0].dtype
     for span in spans[:-1]:
-        starts.append(_scan(_solve(_load(q, k, v, decay_used, beta_used, span, scale, dtype)), starts[-1])[-1])
+        solved = _solve(_load(q, k, v, decay_used, beta_used, span, scale, dtype))
+        starts.append(_scan(solved, starts[-1])[-1].clone())  # A view would keep the states of every chunk.
     inputs = (q, k, v, decay, beta)
     grads = [None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
     dstate = grad_state.to(dtype).reshape(starts[0].shape)
@@ -250,15 +251,13 @@ def _first_state(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Tenso
 def _chunked(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     """[B, T, H, D] -> [N, B*H, chunk, D], padded with zeros."""
     batch, length, heads, dim = x.shape
-    count = -(-length // chunk)
-    out = torch.zeros if count * chunk > length else torch.empty
-    out = out(count, batch, heads, chunk, dim, dtype=dtype, device=x.device)
-    whole = length // chunk
-    split = x[:, : whole * chunk].unflatten(1, (whole, chunk)) if whole else None
-    if split is not None:
-        out[:whole] = split.permute(1, 0, 3, 2, 4)
-    if count > whole:
-        out[whole, :, :, : length - whole * chunk] = x[:, whole * chunk :].transpose(1, 2)
+    whole, rest = divmod(length, chunk)
+    out = torch.empty(whole + (rest > 0), batch, heads, chunk, dim, dtype=dtype, device=x.device)
+    if whole:
+        out[:whole] = x[:, : whole * chunk].unflatten(1, (whole, chunk)).permute(1, 0, 3, 2, 4)
+    if rest:
+        out[whole, :, :, :rest] = x[:, whole * chunk :].transpose(1, 2)
+        out[whole, :, :, rest:] = 0
     return out.flatten(1, 2)
 
 
