@@ -75,7 +75,7 @@ def backward(
     q_all, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     grad_all = grad.to(dtype).transpose(1, 2)
     dq, dk, dv = torch.zeros_like(q_all), torch.zeros_like(keys), torch.zeros_like(values)
-    dsinks = None if sinks is None else torch.zeros(heads, dtype=dtype, device=q.device)
+    dsinks = None if sinks is None else sinks.new_zeros(heads, dtype=dtype)
     for rows, cols in _blocks(q, k, mask, causal, window):
         # Heads of a group stacked along the queries: one product a group, and dk, dv are summed over its heads by it.
         stack = (batch, groups, -1)
@@ -83,21 +83,22 @@ def backward(
         grad_rows = grad_all[:, :, rows].reshape(*stack, v.shape[-1])
         k_cols, v_cols = keys[:, :, cols], values[:, :, cols]
         shape = (batch, heads, rows.stop - rows.start, cols.stop - cols.start)
-        hidden = _block_mask(rows, cols, q, k, mask, causal, window)
-        p, p_sink, slope = _probabilities((q_rows @ k_cols.mT).view(shape), hidden, sinks, softcap)
+        seen = _block_mask(rows, cols, q, k, mask, causal, window)
+        p, p_sink, slope = _probabilities((q_rows @ k_cols.mT).view(shape), seen, sinks, softcap)
         dp = (grad_rows @ v_cols.mT).view(shape)
         delta = (p * dp).sum(-1, keepdim=True)
         ds = dp.sub_(delta).mul_(p)
         if slope is not None:
             ds.mul_(slope)
-        if dsinks is not None:
+        if dsinks is not None and p_sink is not None:
             dsinks -= (p_sink * delta).sum((0, 2, 3))
         ds, p = ds.view(*stack, shape[-1]), p.reshape(*stack, shape[-1])
         dq[:, :, rows] = (ds @ k_cols).view(batch, heads, shape[2], -1)
         dk[:, :, cols] += ds.mT @ q_rows
         dv[:, :, cols] += p.mT @ grad_rows
-    dq *= scale
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None if dsinks is None else dsinks.to(sinks.dtype)
+    if sinks is not None and dsinks is not None:
+        dsinks = dsinks.to(sinks.dtype)
+    return dq.mul_(scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
 def visible_keys(

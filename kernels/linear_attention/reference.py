@@ -73,14 +73,15 @@ def backward(
     *,
     rule: str,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, decay, beta and state, each in its input's dtype, from those of o and of the final state.
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, decay, beta and state, each in its input's dtype (None for an absent one), from those of o and
+    of the final state.
 
     Segments are walked backwards; each is computed again from its first state, which a forward walk has kept.
     """
     decay_used, beta_used = _used(rule, decay, beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    batch, length, heads, _ = q.shape
+    batch, length = q.shape[:2]
     spans = [slice(start, start + SEGMENT) for start in range(0, length, SEGMENT)]
     starts = [_first_state(q, k, v, state)]
     dtype = starts[0].dtype
@@ -97,7 +98,8 @@ def backward(
         for whole, found in zip(grads, parts, strict=True):
             if whole is not None and found is not None:
                 whole[:, span] = _unload(found, batch, whole[:, span].shape[1]).reshape(whole[:, span].shape)
-    return *grads, None if state is None else dstate.view(batch, heads, *dstate.shape[1:]).to(state.dtype)
+    dfirst = None if state is None else dstate.view(state.shape).to(state.dtype)
+    return *grads, dfirst
 
 
 def naive(
@@ -114,11 +116,13 @@ def naive(
     """The definition, a token at a time: slow, differentiable, the yardstick of every other kernel of this op."""
     decay, beta = _used(rule, decay, beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    batch, _, heads, channels = q.shape
+    state = _first_state(q, k, v, state).view(batch, heads, channels, -1)
     outputs = []
     for t in range(q.shape[1]):
         now = slice(t, t + 1)
-        gates = [None if gate is None else gate[:, now] for gate in (decay, beta)]
-        o, state = _step(q[:, now], k[:, now], v[:, now], *gates, state, scale)
+        gate, write = (None if x is None else x[:, now] for x in (decay, beta))
+        o, state = _step(q[:, now], k[:, now], v[:, now], gate, write, state, scale)
         outputs.append(o)
     return torch.cat(outputs, dim=1), state
 
@@ -356,8 +360,8 @@ def _segment_backward(
     dk_down += dcarried
     dv = scores.mT @ do + (part.k * decay.rest) @ after
     dk_up = dbeta = None
-    if part.beta is not None:
-        dv, dk_up, dk_pairs, dbeta = _delta_backward(part, solved, updates, before, dv)
+    if part.beta is not None and solved.pairs is not None:
+        dv, dk_up, dk_pairs, dbeta = _delta_backward(part, part.beta, solved.pairs, updates, before, dv)
         dk_down += dk_pairs
     dtotal = part.q * dq - part.k * dk_down
     if dk_up is not None:
@@ -378,19 +382,19 @@ def _scan_back(move: Tensor, gain: Tensor, last: Tensor) -> Tensor:
 
 
 def _delta_backward(
-    part: _Part, solved: _Solved, updates: Tensor, before: Tensor, du: Tensor
+    part: _Part, beta: Tensor, pairs: Tensor, updates: Tensor, before: Tensor, du: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Back through U = (I + L)^-1 diag(beta) E, L = diag(beta) P, E = v - (k e^G) S: (dv, dk_up, dk_down, d beta).
 
     With dZ = (I + L)^-T dU: dE = beta dZ and dL = -dZ U^T below the diagonal.
     """
-    lower = part.beta * solved.pairs
+    lower = beta * pairs
     dz = torch.linalg.solve_triangular(lower.mT, du, upper=True, unitriangular=True)
     error = part.v - (part.k * part.decay.rise) @ before
     dlower = (dz @ updates.mT).neg_().tril_(-1)
-    dbeta = (dz * error).sum(-1, keepdim=True) + (dlower * solved.pairs).sum(-1, keepdim=True)
-    dv = dz.mul_(part.beta)
-    dk_up, dk_down = part.decay.pair_backward(dlower.mul_(part.beta), part.k, part.k)
+    dbeta = (dz * error).sum(-1, keepdim=True) + (dlower * pairs).sum(-1, keepdim=True)
+    dv = dz.mul_(beta)
+    dk_up, dk_down = part.decay.pair_backward(dlower.mul_(beta), part.k, part.k)
     dk_up -= (dv @ before.mT).mul_(part.decay.rise)
     return dv, dk_up, dk_down, dbeta
 

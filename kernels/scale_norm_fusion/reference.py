@@ -96,7 +96,7 @@ def _empty_slots(o_full: Tensor | None, o_linear: Tensor | None) -> Tensor:
 
 def _split_gamma(
     gamma: Tensor, linear_heads: Sequence[int], heads: int, norm_full: bool
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor]:
     gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
     if not norm_full:
         return None, gamma
