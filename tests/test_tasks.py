@@ -296,7 +296,7 @@ def test_text_that_is_no_token_is_refused(symbols):
 
 def test_training_batches_fill_the_step_and_repeat_by_seed(symbols):
     text = encode_text(symbols, library_text("train"))
-    for length in (64, 128, 256, 512):
+    for length in (32, 64, 128, 256, 512):
         input_ids, labels = training_batch(symbols, text, length, 2048, (0, length))
         assert input_ids.shape == labels.shape == (2048 // length, length)
         answers = labels != -100

@@ -77,8 +77,13 @@ def _part(
     kind: str, tokenizer: PreTrainedTokenizerBase, text_ids: Tensor, length: int, count: int, seed: tuple[int, ...]
 ) -> TaskBatch:
     if kind == "needles":
-        # Four questions a row: with one, a step of four rows of 512 tokens would have two answers to learn from.
-        return needles(tokenizer, length, count, seed, num_keys=min(8, length // 16), questions=4, text_ids=text_ids)
+        # Several questions a row: with one, a step of four rows of 512 tokens would have two answers to learn from.
+        keys = min(8, max(2, length // 16))
+        return needles(tokenizer, length, count, seed, num_keys=keys, questions=min(4, keys), text_ids=text_ids)
     if kind == "dense":
-        return dense_recall(tokenizer, length, count, seed, text_ids=text_ids)
+        facts = (length - 1) // 3
+        pairs = round(facts * np.random.default_rng(seed).uniform(0.5, 0.75))
+        return dense_recall(
+            tokenizer, length, count, seed, num_pairs=pairs, questions=min(pairs, facts - pairs), text_ids=text_ids
+        )
     return plain_text(tokenizer, length, count, seed, text_ids=text_ids)

@@ -1,7 +1,8 @@
 """The demo's teacher: a Qwen3 of one to two million parameters that has learned to retrieve.
 
 `python -m hydrasurgery.demo.teacher --out runs/teacher` trains it again. Matrices are trained by Muon, everything else
-by AdamW, over sequences that grow from 64 to 512 tokens.
+by AdamW, over sequences that grow from 32 to 512 tokens: retrieval forms early where few facts compete, and is then
+stretched.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Recipe:
         layers, hidden, heads, kv_heads, head_dim, feed_forward: the shape of the Qwen3.
         curriculum: (length, share of the steps), in order.
         tokens: tokens a step.
+        muon_rate: peak learning rate of the matrices; the other three are AdamW's.
+        text_weight: weight of the text's loss beside that of the answers.
         warmup, cooldown: shares of the steps over which the rates rise from 0 and fall to 0.
     """
 
@@ -51,15 +54,17 @@ class Recipe:
     kv_heads: int = 8
     head_dim: int = 16
     feed_forward: int = 256
-    steps: int = 2000
+    rope_theta: float = 1e6
+    steps: int = 1200
     tokens: int = 2048
-    curriculum: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.15), (256, 0.2), (512, 0.3))
+    curriculum: tuple[tuple[int, float], ...] = ((32, 0.2), (64, 0.15), (128, 0.15), (256, 0.2), (512, 0.3))
     muon_rate: float = 0.02
-    adamw_rate: float = 3e-3
-    weight_decay: float = 0.0
+    embedding_rate: float = 0.02
+    head_rate: float = 5e-3
+    norm_rate: float = 1e-2
     text_weight: float = 0.5
-    warmup: float = 0.02
-    cooldown: float = 0.3
+    warmup: float = 0.025
+    cooldown: float = 0.35
 
     def length(self, step: int) -> int:
         """Sequence length at `step`."""
@@ -83,7 +88,11 @@ def load_teacher(folder: str | Path = SHIPPED) -> tuple[Qwen3ForCausalLM, PreTra
 
 
 def build_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    """An untrained teacher, its weights drawn from the recipe's seed."""
+    """An untrained teacher, its weights drawn from the recipe's seed.
+
+    Embeddings start at unit size, and every block and the output head at zero: a token's identity, which look-up needs,
+    is then not drowned by random layers.
+    """
     torch.manual_seed(recipe.seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -94,12 +103,19 @@ def build_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen3Fo
         num_key_value_heads=recipe.kv_heads,
         head_dim=recipe.head_dim,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen3ForCausalLM(config)
+    model: Any = Qwen3ForCausalLM(config)
+    nn.init.normal_(model.get_input_embeddings().weight)
+    nn.init.zeros_(model.get_output_embeddings().weight)
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
 
 
 def train(
@@ -175,12 +191,17 @@ def _losses(logits: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    embedding = model.get_input_embeddings().weight
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
-    others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding and p is not head]
+    groups = [
+        {"params": [embedding], "lr": recipe.embedding_rate},
+        {"params": [head], "lr": recipe.head_rate},
+        {"params": norms, "lr": recipe.norm_rate},
+    ]
     optimizers = [
-        torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.adamw_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=0.0),
+        torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
