@@ -15,7 +15,16 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hydrasurgery.demo.corpus import build_tokenizer
-from hydrasurgery.demo.teacher import SHIPPED, Recipe, build_teacher, load_teacher, round_to_half, save_teacher, train
+from hydrasurgery.demo.teacher import (
+    SHIPPED,
+    Phase,
+    Recipe,
+    build_teacher,
+    load_teacher,
+    round_to_half,
+    save_teacher,
+    train,
+)
 from hydrasurgery.errors import DataError, DivergedError, SequenceLengthError
 from hydrasurgery.evaluation.metrics import evaluate, evaluating, kl_to_teacher, perplexity, recall
 from hydrasurgery.evaluation.tasks import dense_recall, needles, plain_text
@@ -205,7 +214,9 @@ def test_evaluate_reports_every_task_at_every_length(tokenizer, capsys):
 
 # --- the teacher --------------------------------------------------------------------------------------------------
 
-SMALL = Recipe(layers=1, hidden=32, heads=2, kv_heads=1, feed_forward=32, steps=4, tokens=256, curriculum=((64, 1.0),))
+SMALL = Recipe(
+    layers=1, hidden=32, heads=2, kv_heads=1, feed_forward=32, steps=4, tokens=256, curriculum=(Phase(64, 1.0),)
+)
 
 
 def test_training_repeats_by_seed_and_survives_saving(tokenizer, tmp_path):
@@ -230,10 +241,12 @@ def test_training_stops_on_a_loss_that_is_not_finite(tokenizer, tmp_path):
 
 
 def test_the_recipe_grows_its_length_and_lets_its_rate_fall():
-    recipe = Recipe(steps=100)
-    lengths = [recipe.length(s) for s in range(100)]
-    assert lengths == sorted(lengths)
-    assert set(lengths) == {32, 64, 128, 256, 512}
+    recipe = Recipe(steps=100, curriculum=(Phase(32, 0.5, 0.6), Phase(64, 1.0)))
+    assert recipe.advances(phase=0, steps=20, step=20, answer_loss=0.5)  # learned
+    assert not recipe.advances(phase=0, steps=19, step=19, answer_loss=0.5)  # too few steps to say
+    assert not recipe.advances(phase=0, steps=49, step=49, answer_loss=3.0)
+    assert recipe.advances(phase=0, steps=50, step=50, answer_loss=3.0)  # no time left
+    assert not recipe.advances(phase=1, steps=50, step=100, answer_loss=0.0)  # the last length
     rates = [recipe.rate(s) for s in range(100)]
     assert max(rates) == 1.0
     assert 0 < rates[-1] < 0.1

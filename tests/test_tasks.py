@@ -192,6 +192,15 @@ def test_dense_recall_longer_than_its_keys_is_filled_with_text(symbols):
     assert batch.answer_positions.shape[1] == len(KEY_TOKENS) // 3
 
 
+def test_dense_recall_asks_again_in_rounds(symbols):
+    batch = dense_recall(symbols, 64, 2, 0, num_pairs=5, questions=12)
+    keys = batch.input_ids.gather(1, batch.answer_positions[:, :, 0])
+    for row in keys.tolist():
+        assert set(row[:5]) == set(row[5:10])
+        assert len(set(row[:5])) == 5
+    _check_labels(batch)
+
+
 def test_plain_text_is_one_window_of_the_given_text(symbols):
     text = torch.arange(100) + 10
     batch = plain_text(symbols, 20, 8, 0, text_ids=text)
@@ -296,7 +305,7 @@ def test_text_that_is_no_token_is_refused(symbols):
 
 def test_training_batches_fill_the_step_and_repeat_by_seed(symbols):
     text = encode_text(symbols, library_text("train"))
-    for length in (32, 64, 128, 256, 512):
+    for length in (16, 32, 64, 128, 256, 512, 1024):
         input_ids, labels = training_batch(symbols, text, length, 2048, (0, length))
         assert input_ids.shape == labels.shape == (2048 // length, length)
         answers = labels != -100

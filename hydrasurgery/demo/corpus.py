@@ -82,8 +82,7 @@ def _part(
         return needles(tokenizer, length, count, seed, num_keys=keys, questions=min(4, keys), text_ids=text_ids)
     if kind == "dense":
         facts = (length - 1) // 3
-        pairs = round(facts * np.random.default_rng(seed).uniform(0.5, 0.75))
-        return dense_recall(
-            tokenizer, length, count, seed, num_pairs=pairs, questions=min(pairs, facts - pairs), text_ids=text_ids
-        )
+        densest = 0.75 if length >= 128 else 0.5  # short sequences stay easy: there, look-up is still to be found
+        pairs = min(len(KEY_TOKENS), round(facts * np.random.default_rng(seed).uniform(0.4, densest)))
+        return dense_recall(tokenizer, length, count, seed, num_pairs=pairs, questions=facts - pairs, text_ids=text_ids)
     return plain_text(tokenizer, length, count, seed, text_ids=text_ids)

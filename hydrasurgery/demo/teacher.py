@@ -1,7 +1,7 @@
 """The demo's teacher: a Qwen3 of one to two million parameters that has learned to retrieve.
 
 `python -m hydrasurgery.demo.teacher --out runs/teacher` trains it again. Matrices are trained by Muon, everything else
-by AdamW, over sequences that grow from 32 to 512 tokens: retrieval forms early where few facts compete, and is then
+by AdamW, over sequences that grow from 16 to 512 tokens: retrieval forms early where few facts compete, and is then
 stretched.
 """
 
@@ -35,14 +35,29 @@ SHIPPED = Path(__file__).with_name("teacher")
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One length of the curriculum.
+
+    Attributes:
+        length: tokens a sequence.
+        end: share of the run's steps at which the phase is over at the latest.
+        learned: the phase is over sooner once the running mean of its answer loss is below this.
+    """
+
+    length: int
+    end: float
+    learned: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the teacher's weights, on one machine and one version of torch.
 
     Attributes:
         layers, hidden, heads, kv_heads, head_dim, feed_forward: the shape of the Qwen3.
-        curriculum: (length, share of the steps), in order.
         tokens: tokens a step.
-        muon_rate: peak learning rate of the matrices; the other three are AdamW's.
+        curriculum: the lengths, in order.
+        muon_rate: peak learning rate of the matrices; the other two are AdamW's.
         text_weight: weight of the text's loss beside that of the answers.
         warmup, cooldown: shares of the steps over which the rates rise from 0 and fall to 0.
     """
@@ -57,23 +72,27 @@ class Recipe:
     rope_theta: float = 1e6
     steps: int = 1200
     tokens: int = 2048
-    curriculum: tuple[tuple[int, float], ...] = ((32, 0.2), (64, 0.15), (128, 0.15), (256, 0.2), (512, 0.3))
+    curriculum: tuple[Phase, ...] = (
+        Phase(16, 0.3, 0.4),
+        Phase(32, 0.45, 0.4),
+        Phase(64, 0.55, 0.4),
+        Phase(128, 0.65, 0.4),
+        Phase(256, 0.75, 0.4),
+        Phase(512, 1.0),
+    )
     muon_rate: float = 0.02
     embedding_rate: float = 0.02
-    head_rate: float = 5e-3
     norm_rate: float = 1e-2
-    text_weight: float = 0.5
+    text_weight: float = 0.3
     warmup: float = 0.025
     cooldown: float = 0.35
 
-    def length(self, step: int) -> int:
-        """Sequence length at `step`."""
-        done = 0.0
-        for length, share in self.curriculum:
-            done += share
-            if step < done * self.steps:
-                return length
-        return self.curriculum[-1][0]
+    def advances(self, phase: int, steps: int, step: int, answer_loss: float) -> bool:
+        """Whether phase `phase` of the curriculum is over, `steps` steps after its start and `step` after the run's."""
+        if phase + 1 == len(self.curriculum):
+            return False
+        learned = steps >= 20 and answer_loss < self.curriculum[phase].learned  # a few steps say little
+        return learned or step >= self.curriculum[phase].end * self.steps
 
     def rate(self, step: int) -> float:
         """Factor of the learning rates at `step`: up, flat, down."""
@@ -90,8 +109,9 @@ def load_teacher(folder: str | Path = SHIPPED) -> tuple[Qwen3ForCausalLM, PreTra
 def build_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
     """An untrained teacher, its weights drawn from the recipe's seed.
 
-    Embeddings start at unit size, and every block and the output head at zero: a token's identity, which look-up needs,
-    is then not drowned by random layers.
+    Embeddings start at unit size and every block at zero, so that a token's identity, which look-up needs, is not
+    drowned by random layers; the final norm starts small, so that the tied head says nothing yet. All embeddings share
+    a direction (which no softmax sees): without it a head has nothing constant to attend by position with.
     """
     torch.manual_seed(recipe.seed)
     config = Qwen3Config(
@@ -104,14 +124,15 @@ def build_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen3Fo
         head_dim=recipe.head_dim,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model: Any = Qwen3ForCausalLM(config)
-    nn.init.normal_(model.get_input_embeddings().weight)
-    nn.init.zeros_(model.get_output_embeddings().weight)
+    embeddings = nn.init.normal_(model.get_input_embeddings().weight)
+    embeddings.data += torch.randn(recipe.hidden)
+    nn.init.constant_(model.model.norm.weight, 0.05)
     for layer in model.model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -140,16 +161,17 @@ def train(
     """
     model, text_ids = build_teacher(recipe, tokenizer).train(), encode_text(tokenizer, library_text("train"))
     optimizers = _optimizers(model, recipe)
-    start, seen, state = time.monotonic(), 0, {"text_loss": float("nan"), "answer_loss": float("nan")}
+    start, seen, phase, begun = time.monotonic(), 0, 0, 0
+    state: dict[str, float] = {}
     metrics.parent.mkdir(parents=True, exist_ok=True)
     with metrics.open("w", encoding="utf-8") as log, _progress(console) as progress:
         bar = progress.add_task("train", total=recipe.steps, note="")
         for step in range(recipe.steps):
-            length = recipe.length(step)
+            length = recipe.curriculum[phase].length
             input_ids, labels = training_batch(tokenizer, text_ids, length, recipe.tokens, (recipe.seed, step))
             losses = _step(model, optimizers, recipe, step, input_ids, labels)
             seen += input_ids.numel()
-            state = {k: v if state[k] != state[k] else 0.95 * state[k] + 0.05 * v for k, v in losses.items()}
+            state = {name: 0.95 * state.get(name, loss) + 0.05 * loss for name, loss in losses.items()}
             elapsed = time.monotonic() - start
             if step % 20 == 19:
                 line = {"step": step + 1, "tokens": seen, "length": length, **state, "seconds": round(elapsed, 1)}
@@ -158,6 +180,8 @@ def train(
             progress.update(bar, advance=1, note=f"length {length} answers {state['answer_loss']:.3f}")
             if minutes is not None and elapsed > 60 * minutes:
                 break
+            if recipe.advances(phase, step + 1 - begun, step + 1, state["answer_loss"]):
+                phase, begun, state = phase + 1, step + 1, {"text_loss": state["text_loss"]}
     reached = {"steps": step + 1, "tokens": seen, "minutes": round(elapsed / 60, 1), **state}
     return model.eval(), reached
 
@@ -191,14 +215,10 @@ def _losses(logits: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
     norms = [p for p in model.parameters() if p.ndim == 1]
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding and p is not head]
-    groups = [
-        {"params": [embedding], "lr": recipe.embedding_rate},
-        {"params": [head], "lr": recipe.head_rate},
-        {"params": norms, "lr": recipe.norm_rate},
-    ]
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
+    groups = [{"params": [embedding], "lr": recipe.embedding_rate}, {"params": norms, "lr": recipe.norm_rate}]
     optimizers = [
         torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=0.0),
         torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0),
@@ -246,9 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = {
         "command": "python -m hydrasurgery.demo.teacher "
         f"--seed {recipe.seed} --steps {recipe.steps} --layers {recipe.layers} --heads {recipe.heads} "
-        f"--kv-heads {recipe.kv_heads}",
+        f"--kv-heads {recipe.kv_heads} --threads {torch.get_num_threads()}",
         "recipe": asdict(recipe),
-        "training_length": recipe.curriculum[-1][0],
+        "training_length": recipe.curriculum[-1].length,
         "parameters": sum(p.numel() for p in model.parameters()),
         **reached,
         "threads": torch.get_num_threads(),

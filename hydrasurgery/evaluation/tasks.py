@@ -246,7 +246,7 @@ def dense_recall(
 
     Args:
         num_pairs: facts; by default as many as fill three quarters of the sequence, at most one a key.
-        questions: Q; by default a third of the facts.
+        questions: Q; by default a third of the facts. More than there are facts ask them again, round by round.
 
     Raises:
         TokenizerError: a key or value token is missing.
@@ -266,7 +266,8 @@ def dense_recall(
         facts = np.concatenate([keys[:, None], values], axis=1)
         cuts = np.sort(rng.integers(0, gap + 1, size=pairs))
         body = np.insert(_window(text, gap, rng), cuts.repeat(size), facts.ravel())
-        tail = facts[rng.permutation(pairs)[:asked]].ravel()
+        rounds = [rng.permutation(pairs) for _ in range(-(-asked // pairs))]
+        tail = facts[np.concatenate(rounds)[:asked]].ravel()
         rows.append(np.concatenate([prefix, body, tail]))
         start = length - size * asked + 1
         answers.append(start + size * np.arange(asked)[:, None] + np.arange(VALUE_LENGTH))
