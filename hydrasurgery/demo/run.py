@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hydrasurgery.demo.corpus import training_batch
-from hydrasurgery.demo.teacher import SHIPPED, load_teacher
-from hydrasurgery.errors import CheckpointError
+from hydrasurgery.demo.teacher import load_teacher
 from hydrasurgery.evaluation import encode_text, evaluate, library_text
 from hydrasurgery.files import atomic_directory, atomic_write_json, atomic_write_text
 from hydrasurgery.forecast import forecast
@@ -67,11 +66,6 @@ def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None)
     """
     out, console, begun = Path(out), Console(stderr=True), time.monotonic()
     recipe = recipe or RECIPES["demo"]
-    if not SHIPPED.exists():
-        raise CheckpointError(
-            f"{SHIPPED}: no teacher is shipped yet; train one (some 20 minutes on two cores) with "
-            f"python -m hydrasurgery.demo.teacher --out {SHIPPED}"
-        )
     teacher, tokenizer = load_teacher()
     train_text, held_out = (encode_text(tokenizer, library_text(part)) for part in ("train", "held-out"))
     data = Mixture(tokenizer, train_text)
