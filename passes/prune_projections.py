@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hydrasurgery.passes.base import Pass, PassResult, register
 from torch import fx, nn
 
 from hydrasurgery import ops
+from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.regions import Region
 
 aten = torch.ops.aten

@@ -152,8 +152,9 @@ def run_arm(arm: Arm, folder: Path) -> Arm:
         )
         seconds = sum(record["seconds"] for record in trained.history)
     _tell(arm, arm.steps - 1, "measures")
-    options = {"count": COUNT, "seed": SEED + 1, "text_ids": held_out, "teacher": teacher, "progress": False}
-    result = evaluate(model, tokenizer, LENGTHS, **options)
+    result = evaluate(
+        model, tokenizer, LENGTHS, count=COUNT, seed=SEED + 1, text_ids=held_out, teacher=teacher, progress=False
+    )
     if arm.save is not None:
         with atomic_directory(arm.save) as temporary:
             model.save_pretrained(temporary)

@@ -55,7 +55,7 @@ def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None)
     found = {arm.name: arm for arm in run_arms(arms, out / "runs", console)}
     arms = [found.pop("teacher"), found.pop("rewritten, untrained"), *found.values()]
 
-    sample = tokenizer.decode(_reload(out / "hybrid", found["chosen heads"].continuation))
+    sample = str(tokenizer.decode(_reload(out / "hybrid", found["chosen heads"].continuation)))
     draw_recall(arms, out / "recall.png")
     atomic_write_json(out / "results.json", [{"arm": a.name, "seconds": a.seconds, **a.result} for a in arms])
     minutes = (time.monotonic() - begun) / 60
