@@ -41,6 +41,8 @@ def test_findings_are_computed_from_the_arms(arms: list[Arm]) -> None:
     assert "all-linear keeps 20% (needles) and 12% (dense)" in first
     assert "random heads plan (16 full heads) does worse" in random
     assert "layer-wise plan (16 full heads) does as well" in layerwise
+    rounded = [arm("random heads", a.plan, 0.999, 0.76) if a.name == "random heads" else a for a in arms]
+    assert "random heads plan (16 full heads) does as well" in findings(rounded)[1]
     worse = [replace(a, result=arms[3].result) if a.name == "layer-wise" else a for a in arms]
     assert "layer-wise plan (16 full heads) does worse" in findings(worse)[2]
 

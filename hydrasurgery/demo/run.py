@@ -120,10 +120,10 @@ def findings(arms: list[Arm]) -> list[str]:
     by_name = {arm.name: arm for arm in arms}
 
     def kept(name: str) -> dict[str, float]:
-        """The share of the teacher's recall at training length that an arm keeps, by task."""
+        """The share of the teacher's recall at training length that an arm keeps, by task, to a hundredth."""
         at = str(TRAINING_LENGTH)
         whole = by_name["teacher"].result
-        return {task: by_name[name].result[task][at] / max(whole[task][at], 1e-9) for task in TASKS}
+        return {task: round(by_name[name].result[task][at] / max(whole[task][at], 1e-9), 2) for task in TASKS}
 
     def says(name: str) -> str:
         return " and ".join(f"{share:.0%} ({task})" for task, share in kept(name).items())
