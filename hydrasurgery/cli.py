@@ -154,6 +154,10 @@ def rewrite(
     full_norm: Annotated[
         bool, typer.Option("--full-norm", help="Normalise full heads too, as the paper does.")
     ] = False,
+    rule: Annotated[str, typer.Option(help="linear, gated, delta or gated_delta.")] = "gated_delta",
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give linear heads projections of their own, as the paper does.")
+    ] = False,
     calibrate_text: Annotated[Path | None, typer.Option(help="Text to fit the linear heads to the teacher on.")] = None,
 ) -> None:
     """Turn the heads that a plan calls linear into linear attention, and save the untrained hybrid.
@@ -169,7 +173,8 @@ def rewrite(
     teacher = load_model(model)
     tokenizer = load_tokenizer(model, teacher)
     try:
-        hybrid = rewrite_heads(teacher, chosen, full_norm="paper" if full_norm else "exact")
+        norm = "paper" if full_norm else "exact"
+        hybrid = rewrite_heads(teacher, chosen, full_norm=norm, rule=rule, untie=untie)
     except PlanError as error:
         raise PlanError(f"{plan}: {error}") from error
     if text is not None:
@@ -191,7 +196,7 @@ def distill(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a hybrid to follow its teacher; the weights are trained in float32.
+    """Train a hybrid to follow its teacher; the weights are trained and saved in float32.
 
     Example: hydrasurgery distill hybrid --teacher Qwen/Qwen3-0.6B --data book.txt --recipe demo --out run
     """
@@ -254,11 +259,14 @@ def generate(
 
     Example: hydrasurgery generate run/model --prompt "The for statement is used to" --max-new-tokens 32
     """
+    from hydrasurgery.evaluation.metrics import check_length
+
     decoder = _on(load_model(model), device)
     tokenizer = load_tokenizer(model, decoder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(decoder.device)
     if not inputs["input_ids"].numel():
         raise DataError("--prompt: the prompt encodes to no token; give some text")
+    check_length([decoder], inputs["input_ids"].shape[1] + max_new_tokens)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = decoder.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
     typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -22,6 +22,7 @@ from hydrasurgery.kernels.scale_norm_fusion import reference as _scale_norm_fusi
 
 __all__ = ["RULES", "attention", "causal_conv", "linear_attention", "scale_norm_fusion", "select_heads", "token_flags"]
 
+MASKED = -1.0e4  # what additive masks hold where a token may not attend is this or less, in every dtype
 RULES = ("linear", "gated", "delta", "gated_delta")
 
 
@@ -246,7 +247,7 @@ def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Ten
     `reset[t]`: t is valid and may not attend to the key before it (False if there is none). The mask's first head is read.
 
     Args:
-        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (below half the dtype's minimum = may not), or None.
+        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (-1e4 or less = may not), or None.
         hidden_states: [B, T, ...]; only its shape and device are used.
 
     Returns:
@@ -266,7 +267,7 @@ def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Ten
 
 
 def _may_attend(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask if mask.dtype == torch.bool else mask > MASKED
 
 
 def _expect(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:

@@ -233,6 +233,12 @@ class RegionModule(nn.Module):
         """As the replaced module's `forward`."""
         bound = self.inputs.bind(args, kwargs)
         values = self.inputs.flatten(bound)
+        for (name, _), value in zip(self.inputs.paths, values, strict=True):
+            if not (value is None or isinstance(value, Tensor)):
+                raise UnsupportedModelError(
+                    f"{self._get_name()}: {name} is a {type(value).__name__}, not a tensor; a hybrid reads complete masks: "
+                    "call model.set_attn_implementation('sdpa')"
+                )
         if self._threaded:
             from hydrasurgery.inference.cache import layer_state
 
@@ -439,6 +445,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
         UnsupportedModelError: naming the module and the reason.
     """
     refuse_known(model)
+    if region_modules(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a hybrid already; pass the teacher it was made from, or hydrasurgery.restore it"
+        )
     training = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -462,10 +472,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
 def _check_owners(model: nn.Module, watch: _Watch) -> None:
     names = [name for name, *_ in watch.attention]
     if not names:
-        where = watch.softmax[0] if watch.softmax else "no module"
+        seen = f"; {watch.softmax[0]} computes softmax in code of its own" if watch.softmax else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no call of an attention op was seen; {where} computes softmax in code of its own, "
-            "bypassing the attention interface"
+            f"{type(model).__name__}: no call of an attention op was seen{seen}. It has no attention, or bypasses the "
+            "attention interface"
         )
     for name in set(names):
         if names.count(name) > 1:
@@ -735,6 +745,9 @@ def restore(model: nn.Module) -> nn.Module:
     for name, module in modules.items():
         assert module.original is not None
         replace_module(model, name, module.original)
+    from hydrasurgery.pretrained import unmark
+
+    unmark(model)
     return model
 
 
