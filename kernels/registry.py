@@ -99,7 +99,7 @@ class Implementation:
         for name, size in case.sizes:
             if name in self.sizes and size not in self.sizes[name]:
                 return f"does not take {name} = {size} (only {_listed(self.sizes[name])})"
-        return None if self.package is None else _missing(self.package, machine)
+        return None if self.package is None else missing(self.package, machine)
 
 
 class Choice(NamedTuple):
@@ -116,32 +116,25 @@ def _here(op: str, name: str) -> str:
 def _table() -> dict[str, tuple[Implementation, ...]]:
     ampere, hopper = ((8, 0), (12, 9)), ((9, 0), (9, 9))
     eights = range(8, 257, 8)
-    powers = (32, 64, 128, 256)
-    forward = (FORWARD, DECODE)
+    forward, every = (FORWARD, DECODE), (FORWARD, BACKWARD, DECODE)
     return {
         "attention": (
             Implementation(
-                "fa3", _here("attention", "fa3"), forward, HALF, {"D": (64, 96, 128, 192, 256)},
-                {"window", "softcap", "more keys than queries"}, hopper, FA3,
+                "fa3", _here("attention", "fa3"), forward, (torch.bfloat16,), {"D": (64, 96, 128, 192, 256)},
+                {"softcap", "more keys than queries"}, hopper, FA3,
             ),
+            Implementation("sdpa", _here("attention", "sdpa"), every, HALF, {"D": eights}, (), ampere),
             Implementation(
-                "sdpa", _here("attention", "sdpa"), forward, FLOAT, {},
-                {"mask", "window", "more keys than queries", "a value width of its own"}, ampere,
-            ),
-            Implementation(
-                "sdpa backward", _here("attention", "sdpa"), (BACKWARD,), HALF, {"D": range(8, 129, 8)}, (), ampere,
-            ),
-            Implementation(
-                "flash_attn", _here("attention", "flash_attn"), (FORWARD, BACKWARD, DECODE), HALF, {"D": eights},
+                "flash_attn", _here("attention", "flash_attn"), forward, HALF, {"D": eights},
                 {"window", "softcap", "more keys than queries"}, ampere, FLASH_ATTN,
+            ),
+            Implementation(
+                "sdpa, masked", _here("attention", "sdpa"), forward, FLOAT, {},
+                {"mask", "window", "more keys than queries", "a value width of its own"}, ampere,
             ),
             Implementation("reference", _here("attention", "reference")),
         ),
         "linear_attention": (
-            Implementation(
-                "triton", _here("linear_attention", "triton"), (FORWARD, BACKWARD, DECODE), FLOAT,
-                {"K": powers, "V": powers}, {"gated_delta", "state", "varlen"}, ampere, TRITON,
-            ),
             Implementation(
                 "flash_qla", _here("linear_attention", "flash_qla"), (FORWARD,), HALF,
                 {"K": (128,), "V": (128,)}, {"gated_delta", "state", "varlen"}, hopper, FLASH_QLA,
@@ -243,7 +236,7 @@ def _version(package: Package) -> str | None:
         return "0"
 
 
-def _missing(package: Package, machine: Machine) -> str | None:
+def missing(package: Package, machine: Machine) -> str | None:
     found = dict(machine.packages).get(package.module)
     install = f"pip install 'hydrasurgery[{package.extra}]'"
     if found is None:

@@ -25,7 +25,12 @@ def kernel(op: str):
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch):
+def _seed_and_poison(monkeypatch):
+    torch.manual_seed(0)
+    poison(monkeypatch)
+
+
+def poison(monkeypatch):
     """Memory comes filled with NaN, so that what a kernel leaves unwritten shows."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         make = getattr(owner, name)
@@ -35,7 +40,6 @@ def _poison(monkeypatch):
             return out.fill_(torch.nan) if out.is_floating_point() else out
 
         monkeypatch.setattr(owner, name, poisoned)
-    torch.manual_seed(0)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,7 +125,7 @@ def test_causal_conv_and_its_gradients(shape, width, state, reset, dtype):
 
 def test_causal_conv_over_several_tiles():
     fast = kernel("causal_conv")
-    check_conv((2, fast.TOKENS * fast.TILES + 5, fast.CHANNELS + 3), 4, True, 0.05, torch.float32)
+    check_conv((2, fast.BACKWARD_TOKENS * fast.TILES + 5, fast.CHANNELS + 3), 4, True, 0.05, torch.float32)
 
 
 def check_conv(shape, width, state, reset, dtype):

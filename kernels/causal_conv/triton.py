@@ -11,28 +11,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, CHANNELS = 32, 128  # a tile
-TILES = 16  # tiles that a backward program walks: their shares of d weight are one
+TOKENS, CHANNELS, WARPS = 16, 256, 4  # a tile of the forward; a warp's 16-byte accesses span 256 channels
+BACKWARD_TOKENS, BACKWARD_WARPS = 4, 1  # one warp holds all rows of a tile, so sums over them stay inside its threads
+TILES = 128  # that a backward program walks: their shares of d weight are one
 
 
 @triton.jit
-def _load(
-    x, state, batch, time, channel, wanted, T, C, WIDTH: tl.constexpr, STATE: tl.constexpr
-):  # fmt: skip
-    """Inputs [time, channel] of the padded sequence, 0 where not `wanted` (and before the start without a state)."""
-    inside = (channel < C)[None, :] & wanted
-    at = (batch * T + time.to(tl.int64))[:, None] * C + channel[None, :]
-    value = tl.load(x + at, mask=inside & (time >= 0)[:, None], other=0).to(tl.float32)
-    if STATE:
-        at = (batch * C + channel.to(tl.int64))[None, :] * (WIDTH - 1) + (time + WIDTH - 1)[:, None]
-        value += tl.load(state + at, mask=inside & (time < 0)[:, None], other=0).to(tl.float32)
+def _load(x, state, first, row, channel, wanted, C, WIDTH: tl.constexpr, STATE: tl.constexpr):
+    """Inputs [first + row, channel] of one padded sequence, 0 where not `wanted` and before the start without a state.
+
+    `x` points at position `first`, `state` at the sequence's own, so that offsets fit 32 bits.
+    """
+    inside = (channel < C)[None, :] & wanted[:, None]
+    before = (first + row < 0)[:, None]
+    value = tl.load(x + row[:, None] * C + channel[None, :], mask=inside & ~before, other=0).to(tl.float32)
+    if STATE and first < WIDTH:  # no tap of later tiles reaches the state
+        at = channel[None, :] * (WIDTH - 1) + (first + row + WIDTH - 1)[:, None]
+        value += tl.load(state + at, mask=inside & before, other=0).to(tl.float32)
     return value
 
 
 @triton.jit
-def _starts(reset, batch, time, T):
+def _starts(reset, time, T):
     """Whether a document starts at each time; False outside the sequence."""
-    return tl.load(reset + batch * T + time, mask=(time >= 0) & (time < T), other=0) != 0
+    return tl.load(reset + time, mask=(time >= 0) & (time < T), other=0) != 0
 
 
 @triton.jit
@@ -40,28 +42,30 @@ def _forward_kernel(
     x, weight, state, reset, y, tail, T, C,
     WIDTH: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    block, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    time = block * TOKENS + tl.arange(0, TOKENS)
-    same = time < T
+    first, batch = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
+    channel, row = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, TOKENS)
+    column = (channel < C)[None, :]
+    x, y = x + (batch * T + first) * C, y + (batch * T + first) * C
+    state, tail, reset = state + batch * C * (WIDTH - 1), tail + batch * C * (WIDTH - 1), reset + batch * T
+    same = first + row < T
     total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for back in tl.static_range(WIDTH):
-        value = _load(x, state, batch, time - back, channel, same[:, None], T, C, WIDTH, STATE)
+        value = _load(x, state, first, row - back, channel, same, C, WIDTH, STATE)
         tap = tl.load(weight + channel * WIDTH + (WIDTH - 1 - back), mask=channel < C, other=0).to(tl.float32)
         total += value * tap[None, :]
         if RESET:
-            same = same & ~_starts(reset, batch, time - back, T)
-    at = (batch * T + time.to(tl.int64))[:, None] * C + channel[None, :]
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=(time < T)[:, None] & (channel < C)[None, :])
-    if block == tl.num_programs(1) - 1:
-        last = T - 1 + tl.zeros((1,), tl.int32)
+            same = same & ~_starts(reset, first + row - back, T)
+    live = (first + row < T)[:, None] & column
+    tl.store(y + row[:, None] * C + channel[None, :], total.to(y.dtype.element_ty), mask=live)
+    if first + TOKENS >= T:
+        last = T - 1 - first + tl.zeros((1,), tl.int32)
         kept = last >= 0
         for back in tl.static_range(WIDTH - 1):
-            value = _load(x, state, batch, last - back, channel, kept[:, None], T, C, WIDTH, STATE)
-            at = (batch * C + channel.to(tl.int64))[None, :] * (WIDTH - 1) + (WIDTH - 2 - back)
-            tl.store(tail + at, value.to(tail.dtype.element_ty), mask=(channel < C)[None, :])
+            ended = _load(x, state, first, last - back, channel, kept, C, WIDTH, STATE)
+            slot = channel[None, :] * (WIDTH - 1) + (WIDTH - 2 - back)
+            tl.store(tail + slot, ended.to(tail.dtype.element_ty), mask=column)
             if RESET:
-                kept = kept & ~_starts(reset, batch, last - back, T)
+                kept = kept & ~_starts(reset, first + last - back, T)
 
 
 @triton.jit
@@ -71,36 +75,46 @@ def _backward_kernel(
     TILES: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    tap_index = tl.arange(0, TAPS)
-    dtaps = tl.zeros((CHANNELS, TAPS), tl.float32)
+    channel, row, tap_of = (
+        tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS),
+        tl.arange(0, TOKENS),
+        tl.arange(0, TAPS),
+    )
     column = (channel < C)[None, :]
-    for tile in range(TILES):
-        time = (part * TILES + tile) * TOKENS + tl.arange(0, TOKENS) - (WIDTH - 1)
+    begin = part * TILES * TOKENS - (WIDTH - 1)
+    grad, x, dx = grad + (batch * T + begin) * C, x + (batch * T + begin) * C, dx + (batch * T + begin) * C
+    past = batch * C * (WIDTH - 1)
+    state, dstate, grad_tail, reset = state + past, dstate + past, grad_tail + past, reset + batch * T
+    dtaps = tl.zeros((TAPS, CHANNELS), tl.float32)
+    for tile in range(tl.minimum(TILES, tl.cdiv(T - begin, TOKENS))):
+        first = begin + tile * TOKENS
+        time = first + row
         same = time < T
-        value = _load(x, state, batch, time, channel, same[:, None], T, C, WIDTH, STATE)
+        value = _load(x, state, first, row, channel, same, C, WIDTH, STATE)
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
         for ahead in tl.static_range(WIDTH):
             later = time + ahead
             if RESET and ahead > 0:
-                same = same & ~_starts(reset, batch, later, T)
-            at = (batch * T + later.to(tl.int64))[:, None] * C + channel[None, :]
+                same = same & ~_starts(reset, later, T)
             seen = (same & (later >= 0) & (later < T))[:, None] & column
-            dy = tl.load(grad + at, mask=seen, other=0).to(tl.float32)
+            dy = tl.load(grad + (row + ahead)[:, None] * C + channel[None, :], mask=seen, other=0).to(tl.float32)
             tap = tl.load(weight + channel * WIDTH + (WIDTH - 1 - ahead), mask=channel < C, other=0).to(tl.float32)
             total += dy * tap[None, :]
             share = tl.sum(dy * value, axis=0)
-            dtaps += tl.where(tap_index[None, :] == WIDTH - 1 - ahead, share[:, None], 0.0)
+            dtaps += tl.where(tap_of[:, None] == WIDTH - 1 - ahead, share[None, :], 0.0)
         slot = time - (T - WIDTH + 1)
-        at = (batch * C + channel.to(tl.int64))[None, :] * (WIDTH - 1) + slot[:, None]
-        total += tl.load(grad_tail + at, mask=(same & (slot >= 0))[:, None] & column, other=0).to(tl.float32)
-        at = (batch * T + time.to(tl.int64))[:, None] * C + channel[None, :]
-        tl.store(dx + at, total.to(dx.dtype.element_ty), mask=((time >= 0) & (time < T))[:, None] & column)
-        if STATE:
-            at = (batch * C + channel.to(tl.int64))[None, :] * (WIDTH - 1) + (time + WIDTH - 1)[:, None]
+        if first + TOKENS > T - WIDTH + 1:
+            ends = (same & (slot >= 0))[:, None] & column
+            at = channel[None, :] * (WIDTH - 1) + slot[:, None]
+            total += tl.load(grad_tail + at, mask=ends, other=0).to(tl.float32)
+        inside = ((time >= 0) & (time < T))[:, None] & column
+        tl.store(dx + row[:, None] * C + channel[None, :], total.to(dx.dtype.element_ty), mask=inside)
+        if STATE and first < 0:
+            at = channel[None, :] * (WIDTH - 1) + (time + WIDTH - 1)[:, None]
             tl.store(dstate + at, total.to(dstate.dtype.element_ty), mask=(time < 0)[:, None] & column)
-    at = ((batch * tl.num_programs(1) + part) * C + channel.to(tl.int64))[:, None] * WIDTH + tap_index[None, :]
-    tl.store(dweight + at, dtaps, mask=(channel < C)[:, None] & (tap_index < WIDTH)[None, :])
+        grad, x, dx = grad + TOKENS * C, x + TOKENS * C, dx + TOKENS * C
+    share_of = dweight + (batch * tl.num_programs(1) + part) * C * WIDTH
+    tl.store(share_of + channel[None, :] * WIDTH + tap_of[:, None], dtaps, mask=(tap_of < WIDTH)[:, None] & column)
 
 
 def forward(x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,7 +127,7 @@ def forward(x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | Non
     grid = (triton.cdiv(channels, CHANNELS), max(1, triton.cdiv(length, TOKENS)), batch)
     _forward_kernel[grid](
         x, weight, *_optional(x, state, reset), y, tail, length, channels,
-        WIDTH=width, STATE=state is not None, RESET=reset is not None, TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=4,
+        WIDTH=width, STATE=state is not None, RESET=reset is not None, TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     return y, tail
 
@@ -124,7 +138,7 @@ def backward(
     """As `reference.backward`. Programs leave their shares of d weight, summed in a fixed order."""
     grad, grad_state, x, weight = (t.contiguous() for t in (grad, grad_state, x, weight))
     (batch, length, channels), width = x.shape, weight.shape[1]
-    parts = triton.cdiv(length + width - 1, TOKENS * TILES)
+    parts = triton.cdiv(length + width - 1, BACKWARD_TOKENS * TILES)
     dx = torch.empty_like(x)
     dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     shares = torch.empty(batch, parts, channels, width, dtype=torch.float32, device=x.device)
@@ -132,7 +146,7 @@ def backward(
         _backward_kernel[(triton.cdiv(channels, CHANNELS), parts, batch)](
             grad, grad_state, x, weight, *_optional(x, state, reset), dx, shares, x if dstate is None else dstate,
             length, channels, WIDTH=width, TAPS=triton.next_power_of_2(width), STATE=state is not None,
-            RESET=reset is not None, TILES=TILES, TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=4,
+            RESET=reset is not None, TILES=TILES, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     return dx, shares.sum((0, 1)).to(weight.dtype), dstate
 

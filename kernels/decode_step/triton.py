@@ -35,16 +35,16 @@ def _load_head(
     channel = tl.arange(0, BLOCK)
     live = channel < SIZE
     own = tl.load(x + (batch * HEADS + head) * SIZE + channel, mask=live, other=0).to(tl.float32)
+    past += (batch * HEADS + head) * SIZE * (WIDTH - 1)
+    weight += head * SIZE * WIDTH
     seen = tl.zeros((BLOCK, TAPS), tl.float32)
     slot = tl.arange(0, TAPS)
     if WIDTH > 0:
-        at = head * SIZE + channel
         kept = live[:, None] & (slot < WIDTH - 1)[None, :]
-        before = (batch * HEADS * SIZE + at)[:, None] * (WIDTH - 1) + slot[None, :]
-        seen = tl.load(past + before, mask=kept, other=0).to(tl.float32)
+        seen = tl.load(past + channel[:, None] * (WIDTH - 1) + slot[None, :], mask=kept, other=0).to(tl.float32)
         seen = tl.where((slot == WIDTH - 1)[None, :], own[:, None], seen)
         taps = live[:, None] & (slot < WIDTH)[None, :]
-        tap = tl.load(weight + at[:, None] * WIDTH + slot[None, :], mask=taps, other=0).to(tl.float32)
+        tap = tl.load(weight + channel[:, None] * WIDTH + slot[None, :], mask=taps, other=0).to(tl.float32)
         own += tl.sum(seen * tap, axis=1)
     return own, seen
 
@@ -57,8 +57,8 @@ def _store_history(
     """The history without its oldest input."""
     channel, slot = tl.arange(0, BLOCK), tl.arange(0, TAPS)
     kept = (channel < SIZE)[:, None] & ((slot > 0) & (slot < WIDTH))[None, :]
-    at = (batch * HEADS * SIZE + head * SIZE + channel)[:, None] * (WIDTH - 1) + (slot - 1)[None, :]
-    tl.store(past + at, seen.to(past.dtype.element_ty), mask=kept)
+    past += (batch * HEADS + head) * SIZE * (WIDTH - 1)
+    tl.store(past + channel[:, None] * (WIDTH - 1) + (slot - 1)[None, :], seen.to(past.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -72,6 +72,11 @@ def _kernel(
     row, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     VALUES: tl.constexpr = BLOCK_V * TILES
     one = batch * HEADS + head
+    state += one * K * V
+    at = row[:, None] * V + column[None, :]
+    inside = (row < K)[:, None] & (column < V)[None, :]
+    # The state is under way while the vectors are made ready.
+    following = tl.load(state + at, mask=inside, other=0)
     queries, q_seen = _load_head(q, q_weight, q_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
     keys, k_seen = _load_head(k, k_weight, k_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
     values, v_seen = _load_head(v, v_weight, v_past, batch, head, HEADS, V, WIDTH, VALUES, TAPS)
@@ -95,15 +100,17 @@ def _kernel(
     values = tl.reshape(values, (TILES, BLOCK_V))
     answers = tl.zeros((TILES, BLOCK_V), tl.float32)
     for tile in tl.static_range(TILES):
-        at = (one * K + row)[:, None] * V + (tile * BLOCK_V + column)[None, :]
-        inside = (row < K)[:, None] & (tile * BLOCK_V + column < V)[None, :]
-        old = tl.load(state + at, mask=inside, other=0) * forget
+        old = following
+        if tile + 1 < TILES:
+            further = (row < K)[:, None] & ((tile + 1) * BLOCK_V + column < V)[None, :]
+            following = tl.load(state + at + (tile + 1) * BLOCK_V, mask=further, other=0)
         value = tl.sum(tl.where(tile_of == tile, values, 0.0), axis=0)
-        write = strength * (value - tl.sum(old * keys[:, None], axis=0))
-        answer = tl.sum(old * queries[:, None], axis=0) + overlap * write
-        tl.debug_barrier()
-        tl.store(state + at, old + keys[:, None] * write[None, :], mask=inside)
+        write = strength * (value - forget * tl.sum(old * keys[:, None], axis=0))
+        answer = forget * tl.sum(old * queries[:, None], axis=0) + overlap * write
         answers = tl.where(tile_of == tile, answer[None, :], answers)
+        tl.debug_barrier()
+        inside = (row < K)[:, None] & (tile * BLOCK_V + column < V)[None, :]
+        tl.store(state + at + tile * BLOCK_V, forget * old + keys[:, None] * write[None, :], mask=inside)
     norm = tl.load(gamma + head).to(tl.float32)
     if GATE:
         norm *= 2.0 / (1.0 + tl.exp(-tl.load(gate + one).to(tl.float32)))

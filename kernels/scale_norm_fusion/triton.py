@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 8192  # a program's share of the output
+ELEMENTS = 4096  # a program's share of the output
 
 
 @triton.jit
@@ -216,6 +216,6 @@ def _launch(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None,
         "GATE": 0 if gate is None else 1 if gate.shape[-1] == 1 < dim else 2,
         "ROWS": size,
         "BLOCK": block,
-        "num_warps": 8,
+        "num_warps": 4,
     }
     return lambda rows: (triton.cdiv(rows, size),), options
