@@ -98,14 +98,13 @@ def _flash_qla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> 
 
 
 def _exact_linear(inputs: Inputs) -> Outputs:
-    inputs = {"state": None, **inputs}
-    return linear_reference.forward(**inputs, rule="gated_delta", scale=None)
+    return linear_reference.forward(**inputs, state=None, rule="gated_delta", scale=None)
 
 
 def _exact_training(inputs: Inputs) -> Outputs:
     inputs = {name: x.detach() for name, x in inputs.items()}
     grad, state = inputs.pop("grad"), inputs["q"].new_zeros(1, *inputs["q"].shape[2:], inputs["v"].shape[-1])
-    options = {"state": None, "rule": "gated_delta", "scale": None}
+    options: dict[str, Any] = {"state": None, "rule": "gated_delta", "scale": None}
     out, _ = linear_reference.forward(**inputs, **options)
     return out, *(g for g in linear_reference.backward(grad, state, **inputs, **options) if g is not None)
 
@@ -156,7 +155,7 @@ LINEAR_TRAINING = Suite(
 
 def _decode_inputs(layer: Layer, batch: int, device: torch.device, dtype: torch.dtype) -> Inputs:
     heads, dim = layer.linear, layer.dim
-    make = {"device": device, "dtype": dtype}
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
     q, k, v = (_normal(batch, heads, dim, **make) for _ in range(3))
     gates = {name: _normal(batch, heads, **make) for name in ("decay", "beta", "gate")}
     rates = {"A_log": torch.zeros(heads, device=device), "dt_bias": torch.full((heads,), -3.0, device=device)}
@@ -236,12 +235,12 @@ def _slots(layer: Layer) -> list[int]:
 
 
 def _fusion_inputs(layer: Layer, length: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-    make = {"device": device, "dtype": dtype}
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
     return {
         "o_full": _normal(1, length, layer.full, layer.dim, **make),
         "o_linear": _normal(1, length, layer.linear, layer.dim, **make),
         "gamma": torch.rand(layer.linear, device=device),
-        "gate": torch.rand(1, length, layer.linear, 1, **make),
+        "gate": torch.rand(1, length, layer.linear, 1, device=device, dtype=dtype),
         "linear_heads": _slots(layer),
     }
 
@@ -288,7 +287,7 @@ FUSION_BACKWARD = Suite(
 
 
 def _layer_inputs(layer: Layer, length: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-    make = {"device": device, "dtype": dtype}
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
     linear = {f"linear_{name}": x for name, x in _linear_inputs(layer, length, device, dtype).items()}
     kept = max(1, layer.full * layer.kv_heads // layer.heads)
     all_heads = _normal(1, length, layer.heads + 2 * layer.kv_heads, layer.dim, **make)
@@ -302,7 +301,7 @@ def _layer_inputs(layer: Layer, length: int, device: torch.device, dtype: torch.
         "k": _normal(1, length, kept, layer.dim, **make).transpose(1, 2),
         "v": _normal(1, length, kept, layer.dim, **make).transpose(1, 2),
         "gamma": torch.rand(layer.linear, device=device),
-        "gate": torch.rand(1, length, layer.linear, 1, **make),
+        "gate": torch.rand(1, length, layer.linear, 1, device=device, dtype=dtype),
         "linear_heads": _slots(layer),
     }
 
@@ -312,7 +311,7 @@ def _linear_part(inputs: Inputs) -> Inputs:
 
 
 _LINEAR_NAMES = {f"linear_{name}" for name in ("q", "k", "v", "decay", "beta")}
-_PLAIN = {"scale": None, "causal": True, "window": None, "softcap": None}
+_PLAIN: dict[str, Any] = {"scale": None, "causal": True, "window": None, "softcap": None}
 
 
 def _hybrid(inputs: Inputs) -> Outputs:
@@ -356,7 +355,7 @@ LAYER = Suite(
         Contender("all full, sdpa", _all_full("sdpa"), exact=_exact_full),
         Contender("all full, fa3", _all_full("fa3"), registry.FA3, _exact_full),
     ),
-    _exact_hybrid, _layer_floor,
+    _exact_hybrid, _layer_floor, graph=True,
 )  # fmt: skip
 
 SUITES = {s.name: s for s in (LINEAR_FORWARD, LINEAR_TRAINING, DECODE, FUSION_FORWARD, FUSION_BACKWARD, LAYER)}

@@ -14,7 +14,7 @@ from hydrasurgery.kernels.registry import BACKWARD, DECODE, FORWARD, Case, Choic
 Row = dict[str, Any]
 
 # Of each operator: what is shown, its modes, and what the call is like besides its head dim.
-TYPICAL = (
+TYPICAL: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
     ("attention", "attention", (FORWARD, BACKWARD, DECODE), frozenset()),
     ("attention with a mask", "attention", (FORWARD, BACKWARD, DECODE), frozenset({"mask"})),
     ("attention with a window", "attention", (FORWARD, BACKWARD), frozenset({"window"})),

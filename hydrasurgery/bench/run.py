@@ -101,10 +101,10 @@ def _gate(suite: Suite, contender: Contender, layer: Layer, device: torch.device
         found = contender.run(copy.copy(inputs))
     except Exception as error:  # a peer may fail in any way: that is a result
         return {"why": _short(f"{type(error).__name__}: {error}")}
-    error = max(_error(*pair) for pair in zip(found, exact, strict=False) if pair[1] is not None)
-    if not error <= TOLERANCE[dtype]:
-        return {"why": f"wrong: relative error {error:.2g}"}
-    return {"error": error}
+    worst = max(_error(*pair) for pair in zip(found, exact, strict=False) if pair[1] is not None)
+    if not worst <= TOLERANCE[dtype]:
+        return {"why": f"wrong: relative error {worst:.2g}"}
+    return {"error": worst}
 
 
 def _time(suite: Suite, contender: Contender, inputs: Inputs, device: torch.device) -> dict[str, Any]:

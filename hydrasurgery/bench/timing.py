@@ -10,7 +10,7 @@ import torch
 
 BUDGET_MS = 300.0  # of measuring, a number; a call that takes longer than that is still made MINIMUM times
 MINIMUM, MAXIMUM = 3, 100
-REPLAYED = 20  # calls in one graph
+REPLAYED = 20  # calls in one graph, at most
 
 
 def median_ms(call: Callable[[], object], device: torch.device, *, graph: bool = False) -> float:
@@ -20,7 +20,8 @@ def median_ms(call: Callable[[], object], device: torch.device, *, graph: bool =
     call()
     torch.cuda.synchronize()
     if graph:
-        return _event_ms(_captured(call).replay) / REPLAYED
+        calls = max(1, min(REPLAYED, int(BUDGET_MS / _events(call, 1)[0])))
+        return _event_ms(_captured(call, calls).replay) / calls
     return _event_ms(call)
 
 
@@ -37,7 +38,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> f
     return 2 * size**3 / (1e-3 * median_ms(lambda: a @ b, device))
 
 
-def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def _captured(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,7 +46,7 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(REPLAYED):
+        for _ in range(calls):
             call()
     return graph
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, CHANNELS, WARPS = 16, 256, 4  # a tile of the forward; a warp's 16-byte accesses span 256 channels
-BACKWARD_TOKENS, BACKWARD_WARPS = 4, 1  # one warp holds all rows of a tile, so sums over them stay inside its threads
-TILES = 128  # that a backward program walks: their shares of d weight are one
+CHANNELS = 128  # of a tile, both ways
+TOKENS, WARPS = 16, 4
+BACKWARD_TOKENS, BACKWARD_WARPS = 8, 1  # one warp holds all rows of a tile, so sums over them stay inside its threads
+TILES = 64  # that a backward program walks: their shares of d weight are one
 
 
 @triton.jit

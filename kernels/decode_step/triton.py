@@ -15,7 +15,8 @@ import triton.language as tl
 from hydrasurgery.kernels.decode_step.reference import L2_EPS
 from torch import Tensor
 
-STATE_ELEMENTS = 16384  # of a state, held in registers at once
+STATE_ELEMENTS = 8192  # of a state, in registers at once
+WARPS = 4
 
 
 @triton.jit
@@ -153,6 +154,6 @@ def forward(
         width_k**-0.5 if scale is None else scale, eps, L2_EPS,
         HEADS=heads, K=width_k, V=width_v, WIDTH=taps, RAW=A_log is not None, GATE=gate is not None,
         BLOCK_K=block_k, BLOCK_V=block_v, TILES=triton.cdiv(triton.next_power_of_2(width_v), block_v),
-        TAPS=triton.next_power_of_2(max(1, taps)), num_warps=8,
+        TAPS=triton.next_power_of_2(max(1, taps)), num_warps=WARPS,
     )  # fmt: skip
     return out
