@@ -161,7 +161,7 @@ class Region:
 
 
 def format_node(node: fx.Node) -> str:
-    """One line: `name: [shape] = op(arguments)`."""
+    """One line: `name: [shape] = op(arguments)`, and in brackets the kernel if select-kernels has noted one."""
 
     def show(value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -180,7 +180,8 @@ def format_node(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         target = str(node.target).removeprefix("aten.").removesuffix(".default").replace("hydra.", "hydra::")
     arguments = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items() if v is not None]
-    return f"{label} = {target}({', '.join(arguments)})"
+    kernel = f"  [{node.meta['kernel']}]" if "kernel" in node.meta else ""
+    return f"{label} = {target}({', '.join(arguments)}){kernel}"
 
 
 class RegionModule(nn.Module):

@@ -5,6 +5,7 @@ from hydrasurgery.passes.canonicalize_attention import CanonicalizeAttention
 from hydrasurgery.passes.fuse_heads import FuseHeads
 from hydrasurgery.passes.linearize_heads import LinearizeHeads
 from hydrasurgery.passes.prune_projections import PruneProjections
+from hydrasurgery.passes.select_kernels import SelectKernels
 from hydrasurgery.passes.split_heads import SplitHeads
 from hydrasurgery.passes.thread_state import ThreadState
 from hydrasurgery.passes.untie_projections import UntieProjections
@@ -18,6 +19,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "PruneProjections",
+    "SelectKernels",
     "SplitHeads",
     "ThreadState",
     "UntieProjections",
