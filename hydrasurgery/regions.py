@@ -204,6 +204,7 @@ class RegionModule(nn.Module):
         self.hydra = nn.Module()
         self.inputs = inputs
         self.kinds: tuple[str, ...] = ()
+        self.teacher_heads: tuple[int, ...] = ()  # which of the original module's heads each slot holds
         self._original = (owner,)  # in a tuple, so that it is no child
         self.graph = graph
 
@@ -682,7 +683,7 @@ def _region(name: str, owner: nn.Module, graph: fx.Graph, inputs: Inputs) -> Reg
     region.sinks = len(node.args) > 4 and node.args[4] is not None
     region.kinds = ("full",) * region.num_heads
     region.source = inputs.source
-    module.kinds = region.kinds
+    module.kinds, module.teacher_heads = region.kinds, tuple(range(region.num_heads))
     return region
 
 

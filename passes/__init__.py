@@ -4,6 +4,7 @@ from hydrasurgery.passes.base import PRESETS, REGISTRY, Pass, PassResult, parse,
 from hydrasurgery.passes.canonicalize_attention import CanonicalizeAttention
 from hydrasurgery.passes.fuse_heads import FuseHeads
 from hydrasurgery.passes.linearize_heads import LinearizeHeads
+from hydrasurgery.passes.order_heads import OrderHeads
 from hydrasurgery.passes.prune_projections import PruneProjections
 from hydrasurgery.passes.select_kernels import SelectKernels
 from hydrasurgery.passes.split_heads import SplitHeads
@@ -16,6 +17,7 @@ __all__ = [
     "CanonicalizeAttention",
     "FuseHeads",
     "LinearizeHeads",
+    "OrderHeads",
     "Pass",
     "PassResult",
     "PruneProjections",
