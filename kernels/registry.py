@@ -221,6 +221,8 @@ def _say(message: str) -> None:
 
 @cache
 def _machine(kind: str, index: int | None) -> Machine:
+    if kind == "cuda" and torch.version.hip is not None:
+        kind = "hip"  # PyTorch calls AMD's devices cuda too
     capability = torch.cuda.get_device_capability(index) if kind == "cuda" else (0, 0)
     versions = {package.module: _version(package) for package in PACKAGES}
     return Machine(kind, capability, frozenset((name, found) for name, found in versions.items() if found))

@@ -114,7 +114,7 @@ def test_linear_heads_with_projections_of_their_own_are_ordered_too():
         hs.rewrite(model, half_plan(model, KINDS), pipeline=f"{HEAD},order-heads,prune-projections,{tail}")
         for tail in (TAIL, own)
     )
-    assert not selections(untied) and selections(tied)
+    assert all(len(set(heads)) < len(heads) for heads in selections(untied))  # KV heads of uneven groups, repeated
     wanted = tied(IDS, use_cache=False).logits
     torch.testing.assert_close(untied(IDS, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-4)
 
