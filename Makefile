@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(RUN) -m hydrasurgery.cli demo --out runs/demo $(ARGS)
+	$(RUN) -m hydrasurgery.cli demo $(ARGS)
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 $(ARGS)

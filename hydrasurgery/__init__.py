@@ -3,7 +3,7 @@
 from hydrasurgery import ops, pretrained
 from hydrasurgery.forecast import forecast
 from hydrasurgery.plan import Plan, plan_heads
-from hydrasurgery.regions import Region, capture, head_taps, region_modules, register_interface, restore
+from hydrasurgery.regions import Region, capture, head_taps, region_modules, regions, register_interface, restore
 from hydrasurgery.rewrite import rewrite
 from hydrasurgery.selection import HeadScores, score_heads
 from hydrasurgery.transfer import distill
@@ -25,6 +25,7 @@ __all__ = [
     "plan_heads",
     "pretrained",
     "region_modules",
+    "regions",
     "restore",
     "rewrite",
     "score_heads",

@@ -336,7 +336,7 @@ def bench(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder of everything the demo writes.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and sequences.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the chosen heads and the all-linear hybrid.")] = False,
 ) -> None:
     """Run the whole surgery on the small teacher that comes with the package.
 

@@ -44,11 +44,11 @@ class Forecast:
         return self.hybrid_flops / self.teacher_flops
 
     def __str__(self) -> str:
-        parts = f"{_bytes(self.hybrid_kv)} KV, {_bytes(self.state)} state, {_bytes(self.conv)} convolutions"
+        parts = f"{format_bytes(self.hybrid_kv)} KV, {format_bytes(self.state)} state, {format_bytes(self.conv)} convolutions"
         return "\n".join(
             [
                 f"At {self.length:,} tokens, batch {self.batch}:",
-                f"  cache    {_bytes(self.teacher_kv):>10} -> {_bytes(self.hybrid_bytes):>10}  "
+                f"  cache    {format_bytes(self.teacher_kv):>10} -> {format_bytes(self.hybrid_bytes):>10}  "
                 f"({self.cache_ratio:.1%} of the teacher's: {parts})",
                 f"  prefill  {self.teacher_flops:>10.3g} -> {self.hybrid_flops:>10.3g} FLOPs of attention "
                 f"({self.flops_ratio:.1%})",
@@ -101,7 +101,8 @@ def _layer(layer: LayerPlan, length: int, element: int, conv_width: int) -> tupl
     )
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """A count of bytes in the unit that fits it, to four digits: `1.5 MiB`."""
     value = float(count)
     for suffix in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

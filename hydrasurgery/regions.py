@@ -23,6 +23,7 @@ from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.raising import ATTENTION, raise_attention
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+FACTS = ("num_heads", "num_key_value_heads", "head_dim", "value_dim", "window", "softcap", "sinks", "options")
 BATCH, LENGTH = 2, 11  # of the capture's input; any dimension of an argument with such a size is dynamic
 
 
@@ -176,6 +177,8 @@ def format_node(node: fx.Node) -> str:
         return f"{label} = input"
     if node.op == "output":
         return f"return {show(node.args[0])}"
+    if node.op == "get_attr":
+        return f"{label} = {node.target}"
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     if isinstance(node.target, torch._ops.OpOverload):
         target = str(node.target).removeprefix("aten.").removesuffix(".default").replace("hydra.", "hydra::")
@@ -205,6 +208,7 @@ class RegionModule(nn.Module):
         self.inputs = inputs
         self.kinds: tuple[str, ...] = ()
         self.teacher_heads: tuple[int, ...] = ()  # which of the original module's heads each slot holds
+        self.facts: dict[str, Any] = {}
         self._original = (owner,)  # in a tuple, so that it is no child
         self.graph = graph
 
@@ -700,8 +704,17 @@ def stitch(model: nn.Module, regions: list[Region]) -> nn.Module:
     """Put each region's module in its place; returns `model`."""
     for region in regions:
         region.module.graph, region.module.kinds = region.graph, region.kinds
+        region.module.facts = {fact: getattr(region, fact) for fact in FACTS}
         replace_module(model, region.name, region.module)
     return model
+
+
+def regions(model: nn.Module) -> list[Region]:
+    """The regions of a hybrid as they run now, for printing and for further passes; empty for any other model."""
+    return [
+        Region(name, module, module.graph, kinds=module.kinds, source=module.inputs.source, **module.facts)
+        for name, module in region_modules(model).items()
+    ]
 
 
 def region_modules(model: nn.Module) -> dict[str, RegionModule]:
@@ -762,6 +775,7 @@ __all__ = [
     "capture",
     "head_taps",
     "region_modules",
+    "regions",
     "register_interface",
     "restore",
     "stitch",

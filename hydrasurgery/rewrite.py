@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.passes import run_pipeline
 from hydrasurgery.plan import Plan
 from hydrasurgery.regions import Region, capture, stitch
@@ -77,6 +78,7 @@ def apply_plan(
     model: nn.Module, plan: Plan, pipeline: str, example_inputs: Any = None, dump: str | Path | None = None
 ) -> list[Region]:
     """Capture, rewrite and stitch `model` in place."""
+    _check_interface(model)
     regions = capture(model, example_inputs)
     plan.validate(regions)
     for region, layer in zip(regions, plan.layers, strict=True):
@@ -84,3 +86,13 @@ def apply_plan(
     regions = run_pipeline(regions, pipeline, dump=dump)
     stitch(model, regions)
     return regions
+
+
+def _check_interface(model: nn.Module) -> None:
+    """A region reads complete masks [B, 1, T, S], which flash and flex attention do not make."""
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if implementation not in (None, "eager", "sdpa", "hydra"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is set to attn_implementation={implementation!r}, whose masks a region cannot read; "
+            "call model.set_attn_implementation('sdpa') first (the hybrid picks its own kernels)"
+        )

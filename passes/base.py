@@ -9,16 +9,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from hydrasurgery.passes.verify import infer_shapes, verify
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from hydrasurgery.errors import PassError, PipelineError, PostconditionError, PreconditionError
 from hydrasurgery.files import atomic_write_text
+from hydrasurgery.passes.verify import infer_shapes, run_random, verify
 from hydrasurgery.regions import Region
 
 
@@ -31,9 +31,13 @@ class PassResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One rewrite of one region. Subclasses set `name` and implement `run`."""
+    """One rewrite of one region. Subclasses set `name` and implement `run`.
+
+    A pass that is not `exact` may change the region's numbers.
+    """
 
     name: ClassVar[str]
+    exact: ClassVar[bool] = True
 
     def requires(self, region: Region) -> None:
         """Raise PreconditionError if the region is not in the form this pass needs."""
@@ -109,7 +113,7 @@ def run_pipeline(
     passes: Iterable[Pass] | str,
     *,
     dump: str | Path | None = None,
-    check: Callable[[Region, Pass], None] | None = None,
+    tolerance: float | None = None,
 ) -> list[Region]:
     """Run passes over regions, verified before and after each.
 
@@ -117,7 +121,8 @@ def run_pipeline(
         regions: rewritten one after the other; their graphs are changed in place.
         passes: passes, a pipeline string, or a preset's name.
         dump: a folder that gets each region's text before the first and after every pass.
-        check: called after each pass, e.g. to compare numbers; what it raises names the pass.
+        tolerance: the largest difference that an exact pass may make to the region's outputs on random inputs, relative
+            to the largest output; None does not run them.
 
     Raises:
         PassError: the pass's and region's names come first.
@@ -126,24 +131,34 @@ def run_pipeline(
     done: list[Region] = []
     known: dict[str, list[Any]] = {}
     for region in regions:
-        additions = {n for n, _ in region.module.named_parameters()}
+        original = {n for n, _ in region.module.named_parameters()}
         _dump(dump, region, 0, "captured")
+        before = None if tolerance is None else run_random(region)
         for number, step in enumerate(todo, start=1):
             step.requires(region)
             region, modified = step.run(region)
             if modified:
                 infer_shapes(region, known)
                 region.module.graph = region.graph
-            verify(region, step.name, additions)
+            verify(region, step.name, original)
             step.ensures(region)
             _dump(dump, region, number, step.name)
-            if check is not None:
-                try:
-                    check(region, step)
-                except AssertionError as error:
-                    raise PassError(f"{step.name}: {region.name}: numbers changed: {error}") from error
+            if before is not None and tolerance is not None and modified:
+                before = _compare(step, region, before, tolerance)
         done.append(region)
     return done
+
+
+def _compare(step: Pass, region: Region, before: Tensor, tolerance: float) -> Tensor:
+    """The region's outputs after `step`, which must be those `before` if the pass is exact."""
+    after = run_random(region)
+    error = ((after - before).abs().max() / before.abs().max()).item()
+    if step.exact and not error <= tolerance:
+        raise PassError(
+            f"{step.name}: {region.name}: the pass changed the region's outputs by {error:.2g} of the largest; "
+            f"{tolerance:.2g} is allowed"
+        )
+    return after
 
 
 def _dump(folder: str | Path | None, region: Region, number: int, name: str) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hydrasurgery.passes.base import Pass, PassResult, register
-
 from hydrasurgery.raising import ATTENTION, raise_attention
 from hydrasurgery.regions import Region
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from torch import nn
 
 from hydrasurgery.layers import OutputGate, merge_heads
+from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from hydrasurgery.regions import ATTENTION, Region
 
 FUSION = torch.ops.hydra.scale_norm_fusion.default
@@ -24,6 +24,7 @@ class FuseHeads(Pass):
     """
 
     name: ClassVar[str] = "fuse-heads"
+    exact: ClassVar[bool] = False
     full_norm: str = "exact"
     gate: bool = True
 

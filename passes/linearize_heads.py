@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from torch import fx
 
 from hydrasurgery import ops
 from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, to_heads, to_tokens
+from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
 from hydrasurgery.regions import ATTENTION, Region
 
 LINEAR = torch.ops.hydra.linear_attention.default
@@ -27,6 +27,7 @@ class LinearizeHeads(Pass):
     """
 
     name: ClassVar[str] = "linearize-heads"
+    exact: ClassVar[bool] = False
     rule: str = "gated_delta"
     conv: int = 4
 

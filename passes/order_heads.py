@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hydrasurgery.passes.base import Pass, PassResult, register
-from hydrasurgery.passes.prune_projections import is_own_linear, remove_selection, replace_parameters
 from torch import Tensor, fx
 
 from hydrasurgery import ops
+from hydrasurgery.passes.base import Pass, PassResult, register
+from hydrasurgery.passes.prune_projections import is_own_linear, remove_selection, replace_parameters
 from hydrasurgery.regions import ATTENTION, Region
 
 aten = torch.ops.aten

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hydrasurgery.passes.base import Pass, PassResult, register
 from torch import Tensor, fx, nn
 
 from hydrasurgery import ops
+from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.regions import Region
 
 aten = torch.ops.aten

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
+
 from hydrasurgery.kernels.registry import BACKWARD, DECODE, FORWARD, IMPLEMENTATIONS, Case, choose, machine_of
 from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.passes.fuse_heads import FUSION
 from hydrasurgery.passes.linearize_heads import CONV, LINEAR
-from torch import fx
-
 from hydrasurgery.regions import ATTENTION, Region
 
 OPS = {ATTENTION: "attention", LINEAR: "linear_attention", CONV: "causal_conv", FUSION: "scale_norm_fusion"}

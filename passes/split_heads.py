@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hydrasurgery.passes.base import Pass, PassResult, register
 from torch import fx
 
 from hydrasurgery import ops
 from hydrasurgery.layers import merge_heads
+from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.regions import ATTENTION, Region
 
 

@@ -6,10 +6,10 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hydrasurgery.passes.base import Pass, PassResult, register, source
-from hydrasurgery.passes.linearize_heads import CONV, LINEAR
 from torch import fx
 
+from hydrasurgery.passes.base import Pass, PassResult, register, source
+from hydrasurgery.passes.linearize_heads import CONV, LINEAR
 from hydrasurgery.regions import ATTENTION, Region
 from hydrasurgery.state import count_tokens, extend_kv, read_state, write_state
 

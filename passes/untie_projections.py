@@ -6,9 +6,9 @@ import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hydrasurgery.passes.base import Pass, PassResult, register
 from torch import fx, nn
 
+from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.regions import Region
 
 # What later passes put under `hydra`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,9 +77,22 @@ def _name(a: int, b: int) -> str | int:
     return f"{a}..{b}"
 
 
+def run_random(region: Region, seed: int = 0) -> Tensor:
+    """What the region's graph gives for random inputs of 2 sequences of 7 tokens, the same for equal seeds: [2, 7, C]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype == torch.bool:
+            return torch.ones(shape, dtype=dtype, device=device).tril()
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    with torch.no_grad():
+        arguments = _arguments(region, {"B": 2, "T": 7}, make)
+        output = fx.Interpreter(region.module, graph=region.graph).run(*arguments, enable_io_processing=False)
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def _run_fake(region: Region, sizes: dict[str, int]) -> dict[fx.Node, Any]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    like = next(region.module.parameters())
     values: dict[fx.Node, Any] = {}
 
     class Record(fx.Interpreter):
@@ -86,20 +100,31 @@ def _run_fake(region: Region, sizes: dict[str, int]) -> dict[fx.Node, Any]:
             values[n] = super().run_node(n)
             return values[n]
 
-    arguments = []
-    with mode, torch.no_grad():
-        for node in region.graph.nodes:
-            if node.op == "placeholder":
-                shape = node.meta.get("shape")
-                if shape is None:
-                    arguments.append(None)
-                    continue
-                shape = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
-                dtype = torch.bool if len(shape) == 4 and "mask" in node.name else like.dtype
-                arguments.append(torch.empty(shape, dtype=dtype, device=like.device))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        arguments = _arguments(
+            region, sizes, lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
+        )
         fake = Record(region.module, garbage_collect_values=False, graph=region.graph)
         try:
             fake.run(*arguments, enable_io_processing=False)
         except Exception as error:
             raise PassError(f"{region.name}: the graph does not run on shapes {sizes}: {error}") from error
     return values
+
+
+def _arguments(
+    region: Region, sizes: dict[str, int], make: Callable[[list[int], torch.dtype, torch.device], Tensor]
+) -> list[Tensor | None]:
+    """A tensor for each of the graph's inputs, with `sizes` for its named dimensions; None for a cache layer."""
+    like = next(region.module.parameters())
+    arguments: list[Tensor | None] = []
+    for node in region.graph.nodes:
+        if node.op == "placeholder":
+            shape = node.meta.get("shape")
+            if shape is None:
+                arguments.append(None)
+                continue
+            shape = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
+            dtype = torch.bool if len(shape) == 4 and "mask" in node.name else like.dtype
+            arguments.append(make(shape, dtype, like.device))
+    return arguments

@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from hydrasurgery.passes import run_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import hydrasurgery as hs
 from hydrasurgery import ops
 from hydrasurgery.errors import PreconditionError
+from hydrasurgery.passes import run_pipeline
 from hydrasurgery.rewrite import hybrid_pipeline
 from tests.families import GroupedAttention, PlainDecoder, tiny
 from tests.test_families import IDS, half_plan, stir
@@ -152,6 +152,13 @@ def test_calibration_follows_the_heads():
         hs.calibrate(hybrid, model, IDS)
     wanted = plain(IDS, use_cache=False).logits
     torch.testing.assert_close(ordered(IDS, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_it_is_exact_by_the_manager_s_own_check(family):
+    for region in hs.capture(tiny(family, **EIGHT)):
+        region.kinds = KINDS
+        run_pipeline([region], "order-heads,prune-projections", tolerance=1e-5)
 
 
 def test_it_comes_before_split_heads():

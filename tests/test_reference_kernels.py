@@ -7,14 +7,14 @@ from itertools import product
 
 import pytest
 import torch
-from hydrasurgery.kernels.attention import reference as attention_kernel
-from hydrasurgery.kernels.linear_attention import reference as linear_kernel
-from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hydrasurgery import ops
+from hydrasurgery.kernels.attention import reference as attention_kernel
+from hydrasurgery.kernels.linear_attention import reference as linear_kernel
+from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, naive
 
 DOUBLE = torch.float64
 FEW = settings(max_examples=12, deadline=None, derandomize=True)

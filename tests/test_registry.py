@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from hydrasurgery.kernels import registry
-from hydrasurgery.kernels.registry import BACKWARD, DECODE, FORWARD, IMPLEMENTATIONS, Case, Machine, choose
 
 from hydrasurgery import ops
+from hydrasurgery.kernels import registry
+from hydrasurgery.kernels.registry import BACKWARD, DECODE, FORWARD, IMPLEMENTATIONS, Case, Machine, choose
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 TRITON = ("triton", "3.6.0")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+import hydrasurgery as hs
+from hydrasurgery.errors import PreconditionError
 from hydrasurgery.kernels import registry
 from hydrasurgery.kernels.registry import Machine
 from hydrasurgery.passes import parse, run_pipeline
 from hydrasurgery.passes import select_kernels as module
-
-import hydrasurgery as hs
-from hydrasurgery.errors import PreconditionError
 from hydrasurgery.rewrite import hybrid_pipeline
 from tests.families import tiny
+from tests.test_families import half_plan
 
 HOPPER = Machine("cuda", (9, 0), frozenset({("triton", "3.6.0"), ("fa3_fwd_interface", "0.0.3")}))
 
@@ -25,6 +26,12 @@ def hybrid_region(family: str = "qwen3", **sizes: int) -> hs.Region:
 
 def noted(region: hs.Region) -> dict[str, str]:
     return {node.name: node.meta["kernel"] for node in region.graph.nodes if "kernel" in node.meta}
+
+
+def test_a_stitched_hybrid_tells_what_it_runs():
+    hybrid = hs.rewrite(tiny("qwen3"), half_plan(tiny("qwen3")))
+    for region in run_pipeline(hs.regions(hybrid), "select-kernels"):
+        assert set(noted(region).values()) == {"reference"}
 
 
 def test_a_cpu_runs_the_references():

@@ -6,12 +6,13 @@ import importlib
 
 import pytest
 import torch
-from hydrasurgery.kernels.causal_conv import reference as conv_reference
-from hydrasurgery.kernels.decode_step import reference as decode_reference
-from hydrasurgery.kernels.scale_norm_fusion import reference as fusion_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from hydrasurgery.kernels.causal_conv import reference as conv_reference
+from hydrasurgery.kernels.decode_step import reference as decode_reference
+from hydrasurgery.kernels.scale_norm_fusion import reference as fusion_reference
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

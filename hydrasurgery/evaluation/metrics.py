@@ -36,16 +36,12 @@ def recall(model: nn.Module, batch: TaskBatch, *, memory_bytes: int = MEMORY_BYT
         DataError: the batch asks nothing.
         SequenceLengthError: the batch is longer than the model's position limit.
     """
-    rows, questions, tokens = batch.answer_positions.shape
-    if not rows * questions * tokens:
+    if not batch.answer_positions.numel():
         raise DataError(f"recall: a {batch.task!r} batch asks no question; make one with `needles` or `dense_recall`")
-    positions = batch.answer_positions.flatten(1)
-    asked = torch.zeros(batch.input_ids.shape, dtype=torch.bool).scatter_(1, positions, True)
     guesses = torch.full_like(batch.input_ids, -1)
-    for chunk, places, (logits,) in _logits([model], batch.input_ids, asked.any(0).nonzero().flatten(), memory_bytes):
+    for chunk, places, (logits,) in _logits([model], batch.input_ids, batch.answer_positions.unique(), memory_bytes):
         guesses[chunk, places] = logits.argmax(-1).cpu()
-    right = guesses.gather(1, positions) == batch.input_ids.gather(1, positions + 1)
-    return right.view(rows, questions, tokens).all(-1).double().mean().item()
+    return _share_right(guesses, batch)
 
 
 @torch.no_grad()
@@ -64,9 +60,7 @@ def perplexity(model: nn.Module, token_ids: Tensor, *, window: int = 512, memory
     ids = _windows(token_ids, window)
     total = 0.0
     for chunk, places, (logits,) in _logits([model], ids, torch.arange(ids.shape[1] - 1), memory_bytes):
-        targets = ids[chunk, places + 1].to(logits.device)
-        chosen = logits.float().log_softmax(-1).gather(-1, targets[..., None])
-        total -= chosen.double().sum().item()
+        total += _surprise(logits.float().log_softmax(-1), ids[chunk, places + 1])
     return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
@@ -85,8 +79,7 @@ def kl_to_teacher(
     """
     total = 0.0
     for _, _, (wanted, got) in _logits([teacher, student], input_ids, torch.arange(input_ids.shape[1]), memory_bytes):
-        target = wanted.float().to(got.device).log_softmax(-1)
-        total += (target.exp() * (target - got.float().log_softmax(-1))).double().sum().item()
+        total += _divergence(wanted.float().log_softmax(-1), got.float().log_softmax(-1))
     return total / input_ids.numel()
 
 
@@ -133,19 +126,56 @@ def evaluate(
         for length in lengths:
             for name, make in makers.items():
                 batch = make(length)
-                if name == "perplexity":
-                    value = perplexity(model, batch.input_ids, memory_bytes=memory_bytes)
-                else:
-                    value = recall(model, batch, memory_bytes=memory_bytes)
+                found = _measure(model, teacher, batch, memory_bytes)
+                value = results[name][str(length)] = found["perplexity" if name == "perplexity" else "recall"]
+                if name != "perplexity":
                     results["chance"][name] = batch.chance
                 if teacher is not None:
-                    loss = kl_to_teacher(model, teacher, batch.input_ids, memory_bytes=memory_bytes)
-                    divergence.setdefault(str(length), []).append(loss)
-                results[name][str(length)] = value
+                    divergence.setdefault(str(length), []).append(found["kl"])
                 bar.update(task, advance=1, note=f"{name} at {length}: {value:.3f}")
     if teacher is not None:
         results["kl"] = {length: sum(values) / len(values) for length, values in divergence.items()}
     return results
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, teacher: nn.Module | None, batch: TaskBatch, memory_bytes: int) -> dict[str, float]:
+    """`recall` or `perplexity` of a batch, and with a teacher `kl_to_teacher`, by one run of each model."""
+    if teacher is None:
+        if batch.answer_positions.numel():
+            return {"recall": recall(model, batch, memory_bytes=memory_bytes)}
+        return {"perplexity": perplexity(model, batch.input_ids, memory_bytes=memory_bytes)}
+    ids = batch.input_ids
+    guesses, surprise, divergence = torch.full_like(ids, -1), 0.0, 0.0
+    everywhere = torch.arange(ids.shape[1])
+    for chunk, places, (wanted, got) in _logits([teacher, model], ids, everywhere, memory_bytes):
+        log_p = got.float().log_softmax(-1)
+        guesses[chunk, places] = log_p.argmax(-1).cpu()
+        predicting = places[places < ids.shape[1] - 1]
+        surprise += _surprise(log_p[:, : len(predicting)], ids[chunk, predicting + 1])
+        divergence += _divergence(wanted.float().log_softmax(-1), log_p)
+    found = {"kl": divergence / ids.numel()}
+    if batch.answer_positions.numel():
+        return {**found, "recall": _share_right(guesses, batch)}
+    return {**found, "perplexity": math.exp(surprise / (len(ids) * (ids.shape[1] - 1)))}
+
+
+def _share_right(guesses: Tensor, batch: TaskBatch) -> float:
+    """Share of questions all of whose tokens are in `guesses` [B, T]."""
+    positions = batch.answer_positions.flatten(1)
+    right = guesses.gather(1, positions) == batch.input_ids.gather(1, positions + 1)
+    return right.view(batch.answer_positions.shape).all(-1).double().mean().item()
+
+
+def _surprise(log_p: Tensor, targets: Tensor) -> float:
+    """Sum of -log p [B, P, V] of the targets [B, P]."""
+    return -log_p.gather(-1, targets.to(log_p.device)[..., None]).double().sum().item()
+
+
+def _divergence(log_teacher: Tensor, log_student: Tensor) -> float:
+    """Sum over positions of KL(teacher || student), both [B, P, V]."""
+    log_teacher = log_teacher.to(log_student.device)
+    return (log_teacher.exp() * (log_teacher - log_student)).double().sum().item()
 
 
 @contextlib.contextmanager

@@ -169,8 +169,8 @@ RECIPES: dict[str, Recipe] = {
     "demo": Recipe(
         "demo",
         (
-            Stage("align", batch_size=4, length=512, steps=60, lr=1e-2, lr_end=1e-3, warmup=5),
-            Stage("distil", batch_size=4, length=512, steps=160, lr=2e-3, lr_end=1e-4, warmup=10),
+            Stage("align", batch_size=2, length=512, steps=40, lr=1e-2, lr_end=1e-3, warmup=5),
+            Stage("distil", batch_size=2, length=512, steps=80, lr=4e-3, lr_end=2e-4, warmup=10),
         ),
         checkpoint_every=50,
     ),

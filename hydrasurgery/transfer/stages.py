@@ -193,7 +193,7 @@ def _check_models(hybrid: nn.Module, teacher: nn.Module | None, recipe: Recipe) 
 
 def _optimizer(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> torch.optim.Optimizer:
     """AdamW over what the stage trains; nothing else of either model asks for a gradient."""
-    regions, body = trainable_names(hybrid, teacher, stage)
+    regions, body = trainable_names(hybrid, stage)
     if teacher is not None:
         teacher.requires_grad_(False)
     groups: list[dict[str, Any]] = [

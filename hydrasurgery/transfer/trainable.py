@@ -28,9 +28,10 @@ def region_names(hybrid: nn.Module) -> set[str]:
     return {name for name, parameter in hybrid.named_parameters() if id(parameter) in inside}
 
 
-def addition_names(hybrid: nn.Module, teacher: nn.Module | None) -> set[str]:
-    """Names of the region parameters that the teacher does not have: what `align` trains."""
-    return region_names(hybrid) - shared_names(hybrid, teacher)
+def addition_names(hybrid: nn.Module) -> set[str]:
+    """Names of what the surgery put under the regions' `hydra`: what `align` trains."""
+    added = {id(parameter) for region in region_modules(hybrid).values() for parameter in region.hydra.parameters()}
+    return {name for name, parameter in hybrid.named_parameters() if id(parameter) in added}
 
 
 def full_query_key_names(hybrid: nn.Module) -> set[str]:
@@ -73,7 +74,7 @@ def _matrices_behind(region: RegionModule, nodes: Iterable[Any]) -> set[str]:
     return names
 
 
-def trainable_names(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> tuple[set[str], set[str]]:
+def trainable_names(hybrid: nn.Module, stage: Stage) -> tuple[set[str], set[str]]:
     """Names of the parameters that `stage` trains: (inside the attention regions, in the body).
 
     Raises:
@@ -82,7 +83,7 @@ def trainable_names(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) 
     inside = region_names(hybrid)
     names = {name for name, _ in hybrid.named_parameters()}
     if stage.trainable == "additions":
-        names = addition_names(hybrid, teacher)
+        names = addition_names(hybrid)
     if stage.freeze_full_qk:
         names -= full_query_key_names(hybrid)
     if not stage.body_lr:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hydrasurgery.kernels.attention import reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hydrasurgery.kernels.attention import reference
 
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 aten = torch.ops.aten

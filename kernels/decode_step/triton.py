@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from hydrasurgery.kernels.decode_step.reference import L2_EPS
 from torch import Tensor
+
+from hydrasurgery.kernels.decode_step.reference import L2_EPS
 
 STATE_ELEMENTS = 8192  # of a state, in registers at once
 WARPS = 4
