@@ -82,6 +82,12 @@ def test_fusion_and_its_gradients(batch, length, slots, dim, gate, norm_full, dt
     check_fusion(batch, length, slots, dim, gate, norm_full, dtype)
 
 
+@pytest.mark.parametrize("slot", [0, 31, 32, 63, 64])
+def test_fusion_of_one_linear_head(slot):
+    """A word of bits that is 1 is a case of its own for the compiler, though not for the interpreter."""
+    check_fusion(1, 1, [i == slot for i in range(slot + 2)], 4, None, False, torch.float32)
+
+
 @pytest.mark.parametrize("norm_full", [False, True])
 def test_fusion_of_more_heads_than_a_word_has_bits(norm_full):
     generator = torch.Generator().manual_seed(1)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 ELEMENTS = 4096  # a program's share of the output
+WORDS = ("low", "high")  # a word that is 1 must not become a constant of the kernel, as Triton would make it
 
 
 @triton.jit
@@ -32,7 +33,9 @@ def _ones(bits):
 def _below(slot):
     """A uint64 with the bits below `slot` set, all of them from 64 on."""
     one = tl.full((1,), 1, tl.uint64)
-    return tl.where(slot >= 64, ~(one - one), (one << (slot % 64).to(tl.uint64)) - 1)
+    slot = tl.minimum(tl.maximum(slot, 0), 64)
+    half = slot // 2  # a shift by 64 at once is undefined
+    return ((one << half.to(tl.uint64)) << (slot - half).to(tl.uint64)) - one
 
 
 @triton.jit
@@ -86,7 +89,7 @@ def _load_row_block(
     return row, column, live, is_linear, is_full, at_linear, at_full, x, scaled, scale[:, None], gates
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WORDS)
 def _forward_kernel(
     full, linear, gamma, gate, out, rows, low, high, eps,
     HEADS: tl.constexpr, LINEAR: tl.constexpr, DIM: tl.constexpr, NORM_FULL: tl.constexpr, GATE: tl.constexpr,
@@ -101,7 +104,7 @@ def _forward_kernel(
     tl.store(out + row[:, None] * DIM + column[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WORDS)
 def _backward_kernel(
     grad, full, linear, gamma, gate, dfull, dlinear, dgamma, dgate, rows, low, high, eps,
     HEADS: tl.constexpr, LINEAR: tl.constexpr, DIM: tl.constexpr, NORM_FULL: tl.constexpr, GATE: tl.constexpr,
