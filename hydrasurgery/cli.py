@@ -1,4 +1,4 @@
-"""The command line: look at a model, score its heads, plan, rewrite, distil, evaluate and generate."""
+"""The command line: look at a model, score its heads, plan, rewrite, distil, evaluate, generate, and time the kernels."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def inspect(model: Model) -> None:
         variant = ", ".join(_variant(decoder, region)) or "plain"
         verdicts.append(_verdict(region))
         table.add_row(*map(str, shape), variant, verdicts[-1] or "supported")
-    Console(width=None if Console().is_terminal else 140).print(table)
+    _console(Console).print(table)
     refused = [f"{region.name}: {why}" for region, why in zip(regions, verdicts, strict=True) if why]
     if refused:
         raise UnsupportedModelError(refused[0])
@@ -273,6 +273,75 @@ def generate(
 
 
 @app.command()
+def kernels(
+    device: Device = "auto",
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
+) -> None:
+    """Show which kernel runs each operator on this machine, and for each other one why it does not.
+
+    Example: hydrasurgery kernels --head-dim 64
+    """
+    from rich.console import Console
+
+    from hydrasurgery.bench.report import kernels_table
+    from hydrasurgery.kernels.registry import machine_of
+
+    _console(Console).print(kernels_table(machine_of(_device(device)), head_dim))
+
+
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None, typer.Argument(metavar="[SUITE]...", help="Suites; all if none is named.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens or sequences, instead of the suite's own.")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A contender to leave out, such as fla.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CUDA).")] = False,
+    out: Annotated[Path | None, typer.Option(help="A JSON file of all that was measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A PNG of times over sizes.")] = None,
+) -> None:
+    """Time the kernels against their peers and against the floor of this machine; each is checked before it is timed.
+
+    A CPU runs sizes of at most 1024 unless --size says otherwise.
+
+    Example: hydrasurgery bench fusion-forward decode --out bench.json --plot bench.png
+    """
+    from rich.console import Console
+
+    from hydrasurgery.bench import SUITES
+    from hydrasurgery.bench import bench as measure
+    from hydrasurgery.bench.report import bench_table
+    from hydrasurgery.bench.report import plot as draw
+    from hydrasurgery.bench.run import TOLERANCE
+    from hydrasurgery.bench.run import cold as first_calls
+
+    names = suites or list(SUITES)
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        raise typer.BadParameter(f"no suite is called {unknown[0]!r}; there are {', '.join(SUITES)}")
+    types = {str(known).removeprefix("torch."): known for known in TOLERANCE}
+    if dtype not in types:
+        raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(types)}")
+    console, place = _console(Console), _device(device)
+    rows = []
+    with console.status("measuring") as status:
+        for row in measure(names, place, dtype=types[dtype], sizes=size, skip=skip or ()):
+            rows.append(row)
+            status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
+        if cold and place.type == "cuda":
+            rows += [first_calls(name, "hydra") for name in names if name != "layer"]
+    console.print(bench_table(rows))
+    if out is not None:
+        atomic_write_json(out, rows)
+    if plot is not None:
+        draw(rows, plot)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder of everything the demo writes.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Only the chosen heads and the all-linear hybrid.")] = False,
@@ -323,10 +392,18 @@ def _verdict(region: Region) -> str:
     return ""
 
 
+def _console(kind: Any) -> Any:
+    """Wide enough for the tables where the output is no terminal."""
+    return kind(width=None if kind().is_terminal else 140)
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def _on(model: Any, device: str) -> Any:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        return model.to(name)
+        return model.to(_device(device))
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise typer.BadParameter(f"--device {device}: {error}") from error
 

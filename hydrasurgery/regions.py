@@ -162,7 +162,7 @@ class Region:
 
 
 def format_node(node: fx.Node) -> str:
-    """One line: `name: [shape] = op(arguments)`."""
+    """One line: `name: [shape] = op(arguments)`, and in brackets the kernel if select-kernels has noted one."""
 
     def show(value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -183,7 +183,8 @@ def format_node(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         target = str(node.target).removeprefix("aten.").removesuffix(".default").replace("hydra.", "hydra::")
     arguments = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items() if v is not None]
-    return f"{label} = {target}({', '.join(arguments)})"
+    kernel = f"  [{node.meta['kernel']}]" if "kernel" in node.meta else ""
+    return f"{label} = {target}({', '.join(arguments)}){kernel}"
 
 
 class RegionModule(nn.Module):
@@ -206,6 +207,7 @@ class RegionModule(nn.Module):
         self.hydra = nn.Module()
         self.inputs = inputs
         self.kinds: tuple[str, ...] = ()
+        self.teacher_heads: tuple[int, ...] = ()  # which of the original module's heads each slot holds
         self.facts: dict[str, Any] = {}
         self._original = (owner,)  # in a tuple, so that it is no child
         self.graph = graph
@@ -695,7 +697,7 @@ def _region(name: str, owner: nn.Module, graph: fx.Graph, inputs: Inputs) -> Reg
     region.sinks = len(node.args) > 4 and node.args[4] is not None
     region.kinds = ("full",) * region.num_heads
     region.source = inputs.source
-    module.kinds = region.kinds
+    module.kinds, module.teacher_heads = region.kinds, tuple(range(region.num_heads))
     return region
 
 

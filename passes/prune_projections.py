@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from hydrasurgery import ops
 from hydrasurgery.passes.base import Pass, PassResult, register
@@ -78,13 +79,13 @@ class PruneProjections(Pass):
             if chain.heads != tuple(range(chain.num_heads)):
                 _shrink(region, chain)
             for select in chain.selects:
-                _remove(region.graph, select)
+                remove_selection(region.graph, select)
         return PassResult(region, bool(chains))
 
 
 def _chain(region: Region, projection: fx.Node) -> _Chain | None:
     """The chain that `projection` starts, or None if its rows cannot be pruned."""
-    if not _is_prunable(region, projection):
+    if not is_own_linear(region, projection):
         return None
     layouts: dict[fx.Node, Layout] = {projection: FLAT}
     views, selects = [], []
@@ -107,7 +108,7 @@ def _chain(region: Region, projection: fx.Node) -> _Chain | None:
     )
 
 
-def _is_prunable(region: Region, node: fx.Node) -> bool:
+def is_own_linear(region: Region, node: fx.Node) -> bool:
     """A call of an `nn.Linear` whose weights nothing else reads; adapters and quantised layers are no such."""
     if node.op != "call_module" or type(region.module.get_submodule(node.target)) is not nn.Linear:
         return False
@@ -193,21 +194,29 @@ def _is_head_norm(region: Region, node: fx.Node) -> bool:
 
 def _shrink(region: Region, chain: _Chain) -> None:
     """Replace the projection by one of the selected heads, and the head count that its views name."""
-    path = chain.projection.target
-    old = region.module.get_submodule(path)
-    new = copy.copy(old)  # keeps hooks and attributes; the parameters are set anew
-    new._parameters = dict(old._parameters)
-    for name, parameter in old.named_parameters(recurse=False):
-        rows = ops.select_heads(parameter.detach().unflatten(0, (chain.num_heads, -1)), chain.heads, 0).flatten(0, 1)
-        new._parameters[name] = nn.Parameter(rows.clone(), requires_grad=parameter.requires_grad)
-    new.out_features = new.weight.shape[0]
-    _replace_child(region.module, path, new)
+
+    def rows(_name: str, parameter: Tensor) -> Tensor:
+        return ops.select_heads(parameter.unflatten(0, (chain.num_heads, -1)), chain.heads, 0).flatten(0, 1)
+
+    replace_parameters(region, chain.projection.target, rows)
     for view in chain.views:
         place, index = (2, 0) if view.target is aten.unflatten.int else (1, 2)
         sizes = list(view.args[place])
         if sizes[index] == chain.num_heads:
             sizes[index] = len(chain.heads)
             view.update_arg(place, sizes)
+
+
+def replace_parameters(region: Region, path: str, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Put a new `nn.Linear` at `path` whose parameters are `change(name, old)`; the old module stays whole."""
+    old = region.module.get_submodule(path)
+    new = copy.copy(old)  # keeps hooks and attributes; the parameters are set anew
+    new._parameters = dict(old._parameters)
+    for name, parameter in old.named_parameters(recurse=False):
+        changed = change(name, parameter.detach()).clone()
+        new._parameters[name] = nn.Parameter(changed, requires_grad=parameter.requires_grad)
+    new.out_features, new.in_features = new.weight.shape
+    _replace_child(region.module, path, new)
 
 
 def _replace_child(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -221,7 +230,7 @@ def _replace_child(root: nn.Module, path: str, module: nn.Module) -> None:
     root._modules[first] = module
 
 
-def _remove(graph: fx.Graph, select: fx.Node) -> None:
+def remove_selection(graph: fx.Graph, select: fx.Node) -> None:
     """Take a selection out; what the passes noted about it holds of its input now."""
     x = select.args[0]
     x.meta.update({key: value for key, value in select.meta.items() if key in ("role", "branch")})

@@ -40,7 +40,8 @@ def calibrate(hybrid: nn.Module, teacher: nn.Module, input_ids: Tensor) -> dict[
 
 
 def _apply(module: RegionModule, fit: LinearFit, o: Tensor) -> None:
-    linear = [h for h, kind in enumerate(module.kinds) if kind == "linear"]
+    slots = list(zip(module.teacher_heads, module.kinds, strict=True))
+    linear = [head for head, kind in slots if kind == "linear"]
     added: Any = module.hydra
     if hasattr(added, "decay"):
         added.decay.set_half_life(fit.half_life[linear])
@@ -48,9 +49,9 @@ def _apply(module: RegionModule, fit: LinearFit, o: Tensor) -> None:
         added.beta.set_beta(fit.beta[linear])
     if hasattr(added, "gamma"):
         gamma = fit.gamma.clone()
-        for head, kind in enumerate(module.kinds):
+        for head, kind in slots:
             if kind == "full":
                 own = o[:, :, head].float()
                 normed = torch.nn.functional.rms_norm(own, own.shape[-1:], eps=1e-6)
                 gamma[head] = (own * normed).sum() / normed.square().sum()
-        added.gamma.copy_(gamma if added.gamma.numel() == len(gamma) else gamma[linear])
+        added.gamma.copy_(gamma[list(module.teacher_heads)] if added.gamma.numel() == len(gamma) else gamma[linear])
