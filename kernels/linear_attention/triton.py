@@ -1,0 +1,992 @@
+"""Linear attention in Triton: rule "gated_delta" with one decay a head, chunked, forward and backward.
+
+The algebra is `reference.py`'s, with T = (I + diag(beta) P)^-1. A chunk of 64 tokens costs one chain of products
+
+    U = T diag(beta) (v - (k e^G) S),    o = (q e^G) S + A U,    S' = e^{G_C} S + k^T (e^{G_C - G} U)
+
+so that per-chunk states never leave the chip in the forward pass. `_prepare` finds T and G of all chunks at once; `_scan` then walks
+the chunks with S in registers. A hybrid has few heads, too few to fill a card, so a sequence is walked in segments:
+
+1. Every segment is a map S -> M S + R. All are found at once by the same walk: R from a zero state, M from the identity with v = 0.
+2. `_join` puts the few maps in order and finds the state between segments in fp32.
+3. Every segment is walked again from its true first state.
+
+Step 1 walks only as far as memory reaches. |M| <= prod_t e^{g_t} max(1, |1 - beta_t |k_t|^2|), a bound that `_prepare` sums up; once it
+is under e^-200, what lies before would be multiplied by less than the smallest float over the largest: it is exactly 0 in fp32.
+Weak decays keep M, strong ones make step 1 nearly free, and neither is a guess.
+
+The backward pass is the same walk once forwards, to keep the states, and once backwards for their gradients (its maps are M^T);
+`_gradients` then treats all chunks at once. A row's norm and decays are factors of rows of products, so tiles of q and k go from
+memory to the matrix units as they are. One pattern is avoided throughout: a computed tile is never transposed to be the left factor
+of a product (Triton 3.4 to 3.7 miscompile it on Hopper); the transpose is computed as a product of its own.
+
+Results are the same bits in every run: no atomics, and shapes of blocks depend only on shapes, dtype and processors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64
+SIZES = (32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EPS = 1e-6
+
+_C = tl.constexpr(64)
+# exp(-110) is 0 in fp32: a stronger decay means the same and would cost the sums their low bits.
+_STRONGEST = tl.constexpr(-110.0)
+# e^-200 times the largest fp32 number, over 256 channels, rounds to 0 in fp32.
+_FORGOTTEN = tl.constexpr(-200.0)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, *, rule: str) -> str | None:
+    """Why these kernels cannot take a call, in words for the user; None if they can."""
+    if rule != "gated_delta" or decay is None or beta is None:
+        return f"rule {rule!r}: only gated_delta is written in Triton"
+    if decay.dim() != 3:
+        return "a decay a key channel: only one decay a head is written in Triton"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v must share one of bfloat16, float16 and float32"
+    if q.shape[-1] not in SIZES or v.shape[-1] not in SIZES:
+        return f"head sizes {q.shape[-1]} and {v.shape[-1]}: both must be one of {', '.join(map(str, SIZES))}"
+    if q.numel() == 0:
+        return "no tokens"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    l2_norm: bool = False,
+    segment: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o [B, T, H, V] in v's dtype, final state fp32 [B, H, K, V]); arguments as in `hydrasurgery.ops.linear_attention`, and
+
+    Args:
+        cu_seqlens: [N + 1] int32 or int64 on the device, rising from 0 to T: with B = 1, where the N documents of a packed
+            sequence start and end. States are then [N, H, K, V]. A document may be empty.
+        l2_norm: take x / sqrt(sum x^2 + 1e-6) for the rows x of q and k.
+        segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
+    """
+    call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
+    parts = _prepare_chunks(call)
+    ends, _ = _segment_ends(call, parts, state)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = call.states(call.docs)
+    _walk(call, parts, state, ends, final, o=o)
+    return o, final
+
+
+def backward(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    l2_norm: bool = False,
+    segment: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, decay, beta and state (None without one), each in its input's dtype, from those of o and of the
+    final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
+    call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
+    parts = _prepare_chunks(call)
+    ends, maps = _segment_ends(call, parts, state)
+    states = q.new_empty(call.chunks, call.heads, call.keys, call.values)
+    updates = q.new_empty(call.chunks, call.heads, CHUNK, call.values)
+    _walk(call, parts, state, ends, None, states=states, updates=updates)
+    grad = _rows(grad.to(q.dtype))
+    dstates, errors = torch.empty_like(states), torch.empty_like(updates)
+    dfirst = call.states(call.docs)
+    _walk_back(call, parts, grad, grad_state, maps, dfirst, dstates, errors)
+    grads = _chunk_gradients(call, parts, grad, states, dstates, updates, errors)
+    return *grads, None if state is None else dfirst.to(state.dtype)
+
+
+# --- the host's side ---------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """The inputs of a call, and how its tokens are cut. `pieces` and `segments` are None where arithmetic finds them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor
+    scale: float
+    l2_norm: bool
+    docs: int
+    chunks: int
+    segments: int
+    size: int
+    chunk_table: Tensor | None
+    segment_table: Tensor | None
+    first_segments: Tensor | None
+
+    @classmethod
+    def of(cls, q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment) -> _Call:
+        batch, length, heads, keys = q.shape
+        values = v.shape[-1]
+        scale = keys**-0.5 if scale is None else scale
+        if segment is None:
+            programs = heads * (values // _value_block(keys, values, q.dtype))
+            segment = _segment_tokens(length, batch, programs, _processors(q.device))
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        if cu_seqlens is None:
+            segments = batch * triton.cdiv(length, segment)
+            chunks = batch * triton.cdiv(length, CHUNK)
+            return cls(q, k, v, decay, beta, scale, l2_norm, batch, chunks, segments, segment, None, None, None)
+        if batch != 1:
+            raise ValueError(f"cu_seqlens needs one packed sequence, B = 1; found B = {batch}")
+        docs = cu_seqlens.numel() - 1
+        chunks, segments = length // CHUNK + docs, length // segment + docs
+        tables = _tables(cu_seqlens, chunks, segments, segment)
+        return cls(q, k, v, decay, beta, scale, l2_norm, docs, chunks, segments, segment, *tables)
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def values(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def split(self) -> bool:
+        """May a document have several segments? (Known on the host; whether one has is known on the device.)"""
+        return self.segments > self.docs
+
+    def states(self, count: int) -> Tensor:
+        return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
+
+    def options(self, kind: str) -> dict:
+        """What every kernel takes: sizes, and the fixed choice of warps and stages."""
+        warps, stages = _launch(kind, self.keys, self.values, self.q.dtype)
+        return {
+            "K": self.keys,
+            "V": self.values,
+            "VARLEN": self.chunk_table is not None,
+            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+
+
+class _Parts(NamedTuple):
+    """What `_prepare` finds of a chunk and head: T, G, the factors of rows of q and k, and the log of the bound of |M|."""
+
+    solve: Tensor
+    total: Tensor
+    rows_q: Tensor
+    rows_k: Tensor
+    reach: Tensor
+
+
+class _Maps(NamedTuple):
+    """M of each segment, and whether it is anything but 0."""
+
+    move: Tensor
+    moves: Tensor
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _segment_tokens(length: int, batch: int, programs: int, processors: int) -> int:
+    """As many segments as one wave of the card holds, two programs a processor, none shorter than four chunks."""
+    chunks = triton.cdiv(length, CHUNK)
+    pieces = max(1, min(2 * processors // (programs * batch), chunks // 4))
+    return CHUNK * triton.cdiv(chunks, pieces)
+
+
+def _value_block(keys: int, values: int, dtype: torch.dtype) -> int:
+    """Columns of S a program holds. 64: S of 128 x 64 in fp32 is 64 registers a thread, and two programs fit a processor.
+    Wide keys and fp32 tiles take twice the room, so half the columns."""
+    return min(values, 32 if keys > 128 or dtype == torch.float32 else 64)
+
+
+def _launch(kind: str, keys: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(warps, stages) of a kernel."""
+    wide = keys > 128 or dtype == torch.float32
+    if kind == "prepare":
+        return 4, 1  # One tile of k, no loop worth a pipeline; four warps are one group of Hopper's matrix units.
+    if kind == "join":
+        return 4, 1  # Each step needs the last one's result.
+    if kind == "gradients":
+        return 8, 1  # Two [64, K] sums in registers at once. Chunks are many: other programs hide the loads.
+    # The scans: the next chunk's tiles are fetched while this one's chain runs; wide tiles leave no room for that.
+    return (8 if keys > 128 else 4), 1 if wide else 2
+
+
+def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pieces of packed documents, made on the device: rows (document, start, stop, first chunk, is first, is last) for chunks
+    and segments, unused rows with document -1; and each document's first segment."""
+    starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    lengths = stops - starts
+    chunk_ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
+    segment_ends = ((lengths + size - 1) // size).clamp(min=1).cumsum(0)
+    chunk_firsts = torch.nn.functional.pad(chunk_ends, (1, 0))
+    segment_firsts = torch.nn.functional.pad(segment_ends, (1, 0))
+
+    def cut(ends: Tensor, firsts: Tensor, count: int, length: int) -> Tensor:
+        index = torch.arange(count, device=ends.device)
+        doc = torch.searchsorted(ends, index, right=True)
+        used = doc < len(ends)
+        doc = doc.clamp(max=len(ends) - 1)
+        offset = (index - firsts[doc]) * length
+        start = starts[doc] + offset
+        stop = torch.minimum(start + length, stops[doc])
+        columns = (
+            torch.where(used, doc, -1),
+            start,
+            stop,
+            chunk_firsts[doc] + offset // CHUNK,
+            index == firsts[doc],
+            index + 1 == ends[doc],
+        )
+        return torch.stack([x.int() for x in columns], dim=1)
+
+    return (
+        cut(chunk_ends, chunk_firsts, chunks, CHUNK),
+        cut(segment_ends, segment_firsts, segments, size),
+        segment_firsts.int(),
+    )
+
+
+def _prepare_chunks(call: _Call) -> _Parts:
+    q, k = call.q, call.k
+    shape = (call.chunks, call.heads)
+    solve = q.new_empty(*shape, CHUNK, CHUNK)
+    total, rows_q, rows_k = (q.new_empty(*shape, CHUNK, dtype=torch.float32) for _ in range(3))
+    reach = q.new_empty(shape, dtype=torch.float32)
+    _prepare[(call.heads, call.chunks)](
+        *(q, k, call.decay, call.beta, solve, total, rows_q, rows_k, reach, call.chunk_table),
+        *(*q.stride()[:3], *k.stride()[:3], *call.decay.stride(), *call.beta.stride()),
+        *(q.shape[1], call.heads, call.scale, EPS),
+        L2=call.l2_norm,
+        **call.options("prepare"),
+    )
+    return _Parts(solve, total, rows_q, rows_k, reach)
+
+
+def _segment_ends(call: _Call, parts: _Parts, state: Tensor | None) -> tuple[Tensor | None, _Maps | None]:
+    """The state after each segment but a document's last, and the segments' maps; None if no document is split."""
+    if not call.split:
+        return None, None
+    ends = call.states(call.segments)
+    moves = ends.new_empty(call.segments, call.heads, call.keys, call.keys)
+    maps = _Maps(moves, torch.empty(call.segments, call.heads, dtype=torch.int32, device=ends.device))
+    _walk(call, parts, state, ends, None, maps=maps)
+    _join_segments(call, ends, maps, back=False)
+    return ends, maps
+
+
+def _walk(
+    call: _Call,
+    parts: _Parts,
+    state: Tensor | None,
+    ends: Tensor | None,
+    final: Tensor | None,
+    *,
+    maps: _Maps | None = None,
+    o: Tensor | None = None,
+    states: Tensor | None = None,
+    updates: Tensor | None = None,
+) -> None:
+    """Forwards through all segments: to find their maps, or else the outputs, or the states and updates of chunks."""
+    block = _value_block(call.keys, call.values, call.q.dtype)
+    columns = call.values // block + (triton.cdiv(call.keys, block) if maps else 0)
+    unused = parts.total  # Stands where a kernel reads and writes nothing.
+    q, k, v, beta = call.q, call.k, call.v, call.beta
+    pointers = (state, ends, maps and maps.move, maps and maps.moves, o, states, updates, final)
+    _scan[(columns, call.heads, call.segments)](
+        *(q, k, v, beta, *parts),
+        *(unused if x is None else x for x in pointers),
+        call.segment_table,
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
+        *(q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
+        BV=block,
+        OUTPUTS=o is not None,
+        **call.options("scan"),
+    )
+
+
+def _walk_back(
+    call: _Call,
+    parts: _Parts,
+    grad: Tensor,
+    grad_state: Tensor | None,
+    maps: _Maps | None,
+    dfirst: Tensor,
+    dstates: Tensor,
+    errors: Tensor,
+) -> None:
+    """Backwards through all segments: the gradients of first states, of the state after each chunk, and of T's results."""
+    block = _value_block(call.keys, call.values, call.q.dtype)
+    begins = dfirst if maps is None else call.states(call.segments)
+    for find in (True, False) if maps else (False,):
+        _scan_back[(call.values // block, call.heads, call.segments)](
+            *(grad, call.q, call.k, call.beta, *parts),
+            *(dfirst if grad_state is None else grad_state, begins, dfirst, dstates, errors, call.segment_table),
+            *(*grad.stride()[:3], *call.q.stride()[:3], *call.k.stride()[:3], *call.beta.stride()),
+            *(call.q.shape[1], call.heads, call.size, int(grad_state is not None), int(find)),
+            BV=block,
+            **call.options("scan"),
+        )
+        if find and maps is not None:
+            _join_segments(call, begins, maps, back=True)
+
+
+def _join_segments(call: _Call, states: Tensor, maps: _Maps, *, back: bool) -> None:
+    block = min(call.values, 32)
+    options = call.options("join") | {"PRECISION": "tf32x3"}
+    _join[(call.values // block, call.heads, call.docs)](
+        *(states, *maps, call.first_segments, call.q.shape[1], call.heads, call.size),
+        BV=block,
+        BACK=back,
+        **options,
+    )
+
+
+def _chunk_gradients(call, parts, grad, states, dstates, updates, errors) -> tuple[Tensor, ...]:
+    q, k, v, decay, beta = inputs = (call.q, call.k, call.v, call.decay, call.beta)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    _gradients[(call.heads, call.chunks)](
+        *(grad, q, k, v, beta, parts.total, parts.rows_q, parts.rows_k, states, dstates, updates, errors),
+        *(*grads, call.chunk_table),
+        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
+        *(q.shape[1], call.heads, call.scale),
+        L2=call.l2_norm,
+        BV=min(call.values, 128),
+        **call.options("gradients"),
+    )
+    return grads
+
+
+# --- pieces ------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _piece(table, index, length, size, VARLEN: tl.constexpr):
+    """(document, start, stop, first chunk, is first, is last) of a piece of at most `size` tokens; tokens count from the row."""
+    if VARLEN:
+        row = table + index * 6
+        doc, start, stop = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        chunk, first, last = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    else:
+        pieces = (length + size - 1) // size
+        doc = index // pieces
+        part = index % pieces
+        start = part * size
+        stop = tl.minimum(start + size, length)
+        chunk = doc * ((length + _C - 1) // _C) + part * (size // _C)
+        first = (part == 0).to(tl.int32)
+        last = (part == pieces - 1).to(tl.int32)
+    return doc, start, stop, chunk, first, last
+
+
+@triton.jit
+def _row(base, doc, head, token, stride_b, stride_t, stride_h, VARLEN: tl.constexpr):
+    """Where a token's row starts. 64-bit: a long sequence has more than 2^31 elements."""
+    where = base + token.to(tl.int64) * stride_t + head * stride_h
+    if not VARLEN:
+        where += doc.to(tl.int64) * stride_b
+    return where
+
+
+@triton.jit
+def _tile(start, stride, valid, columns):
+    """[C, D]: rows of tokens, 0 past the end."""
+    rows = tl.arange(0, _C)
+    return tl.load(start + rows[:, None] * stride + columns[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def _invert(lower, PRECISION: tl.constexpr):
+    """(I + lower)^-1 for a strictly lower [64, 64].
+
+    The inverse of [[A, 0], [B, C]] is [[A', 0], [-C' B A', C']]: blocks grow from 1 to 64 rows, all of one size at once, and with
+    X = diag(A', C', ...) a step is X - X B X. Blocks up to 16 rows are done as four separate [16, 16].
+    """
+    i4, j4 = tl.arange(0, 4)[:, None], tl.arange(0, 4)[None, :]
+    same = (i4 == j4)[:, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(lower, (4, 16, 4, 16)), 0.0), axis=2)
+    i, j = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, blocks, 0.0)
+    for level in tl.static_range(1, 4):
+        corner = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), blocks, 0.0)
+        x -= tl.dot(tl.dot(x, corner, input_precision="tf32x3"), x, input_precision="tf32x3")
+    x = tl.reshape(tl.where(same, tl.expand_dims(x, 2), 0.0), (64, 64))
+    i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    for level in tl.static_range(4, 6):
+        corner = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), lower, 0.0)
+        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def _prepare(
+    q,
+    k,
+    decay,
+    beta,
+    solve,
+    total,
+    rows_q,
+    rows_k,
+    reach,
+    table,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    g_b,
+    g_t,
+    g_h,
+    b_b,
+    b_t,
+    b_h,
+    length,
+    heads,
+    scale,
+    eps,
+    L2: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One chunk and head: T, G, the factors of rows (norms, and the scale of q) and the log of the bound of |M|."""
+    head, index = tl.program_id(0), tl.program_id(1)
+    doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
+    if doc < 0:
+        return
+    BK: tl.constexpr = K if K < 128 else 128
+    rows = tl.arange(0, _C)
+    valid = rows < stop - start
+    item = index.to(tl.int64) * heads + head
+    steps = tl.load(_row(decay, doc, head, start, g_b, g_t, g_h, VARLEN) + rows * g_t, mask=valid, other=0.0)
+    g = tl.cumsum(tl.maximum(steps.to(tl.float32), _STRONGEST), 0)
+    write = tl.load(_row(beta, doc, head, start, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
+    write = write.to(tl.float32)
+
+    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
+    gram = tl.zeros([_C, _C], tl.float32)
+    for at in tl.static_range(0, K, BK):
+        kt = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
+        gram = tl.dot(kt, tl.trans(kt), gram, input_precision=PRECISION)
+    i, j = rows[:, None], rows[None, :]
+    square = tl.sum(tl.where(i == j, gram, 0.0), 1)
+    factor_q = tl.where(valid, scale, 0.0)
+    factor_k = tl.where(valid, 1.0, 0.0)
+    if L2:
+        first_q = _row(q, doc, head, start, q_b, q_t, q_h, VARLEN)
+        square_q = tl.zeros([_C], tl.float32)
+        for at in tl.static_range(0, K, BK):
+            qt = _tile(first_q, q_t, valid, at + tl.arange(0, BK)).to(tl.float32)
+            square_q += tl.sum(qt * qt, 1)
+        factor_q *= tl.rsqrt(square_q + eps)
+        factor_k *= tl.rsqrt(square + eps)
+        square *= factor_k * factor_k
+        gram *= factor_k[:, None] * factor_k[None, :]
+    between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))
+    lower = tl.where(i > j, write[:, None] * gram * between, 0.0)
+    x = _invert(lower, PRECISION)
+    tl.store(solve + item * _C * _C + i * _C + j, x.to(solve.dtype.element_ty))
+    tl.store(total + item * _C + rows, g)
+    tl.store(rows_q + item * _C + rows, factor_q)
+    tl.store(rows_k + item * _C + rows, factor_k)
+    growth = tl.log(tl.maximum(tl.abs(1.0 - write * square), 1.0))
+    tl.store(reach + item, tl.sum(growth, 0) + tl.min(g, 0))
+
+
+@triton.jit
+def _remembered(reach, chunk, chunks, heads, head, BACK: tl.constexpr):
+    """How many chunks, from the last one back (or from the first one on), change the result in fp32; `chunks + 1` if all do,
+    and the state that they start from too."""
+    found = chunks + 1
+    total = 0.0
+    for block in range(0, tl.cdiv(chunks, 64)):
+        n = block * 64 + tl.arange(0, 64)
+        at = chunk + (n if BACK else chunks - 1 - n)
+        bounds = tl.load(reach + at.to(tl.int64) * heads + head, mask=n < chunks, other=0.0)
+        sums = total + tl.cumsum(bounds, 0)
+        found = tl.minimum(found, tl.min(tl.where((sums < _FORGOTTEN) & (n < chunks), n + 1, chunks + 1), 0))
+        total += tl.sum(bounds, 0)
+    return found
+
+
+# --- the walks ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["length", "heads", "size", "has_state", "has_final", "find"])
+def _scan(
+    q,
+    k,
+    v,
+    beta,
+    solve,
+    total,
+    rows_q,
+    rows_k,
+    reach,
+    state,
+    ends,
+    move,
+    moves,
+    o,
+    states,
+    updates,
+    final,
+    table,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    b_b,
+    b_t,
+    b_h,
+    length,
+    heads,
+    size,
+    has_state,
+    has_final,
+    find,
+    BV: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A segment, a head and BV columns of S [K, BV], chunk by chunk.
+
+    `find`: the segment's map; columns from V on are those of M. Otherwise from the true first state: to outputs, or to the state
+    before each chunk and its updates U.
+    """
+    column, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    doc, start, stop, chunk, first, last = _piece(table, segment, length, size, VARLEN)
+    of_map = column >= V // BV
+    of_values = column < V // BV
+    # A document's first segment needs no M, its last neither M nor R.
+    if (doc < 0) | ((find != 0) & ((last != 0) | (of_map & (first != 0)))):
+        return
+    dtype = q.dtype.element_ty
+    chunks = (stop - start + _C - 1) // _C
+    used = chunks + 1
+    if find != 0:
+        used = _remembered(reach, chunk, chunks, heads, head, False)
+    whole = used > chunks
+    begin = tl.maximum(chunks - used, 0)
+    begin = tl.where(of_map & (used <= chunks), chunks, begin)  # M = 0: nothing to walk.
+    rows, channels = tl.arange(0, _C), tl.arange(0, K)
+    columns = tl.where(of_map, column - V // BV, column) * BV + tl.arange(0, BV)
+    inside = columns < tl.where(of_values, V, 0)  # For M, v is 0.
+    given = columns < tl.where(of_values & (has_state != 0) & (first != 0) & whole, V, 0)
+    found = columns < tl.where((find == 0) & (first == 0), V, 0)
+    cell = channels[:, None] * V + columns[None, :]
+    here = (doc.to(tl.int64) * heads + head) * K * V
+    before = ((segment - 1).to(tl.int64) * heads + head) * K * V
+    s = tl.load(state + here + cell, mask=given[None, :], other=0.0).to(tl.float32)
+    s += tl.load(ends + before + cell, mask=found[None, :], other=0.0)
+    s += tl.where(channels[:, None] == columns[None, :], tl.where(of_map & whole, 1.0, 0.0), 0.0)
+
+    for c in range(begin, chunks):
+        at = start + c * _C
+        valid = rows < stop - at
+        item = (chunk + c).to(tl.int64) * heads + head
+        kt = _tile(_row(k, doc, head, at, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
+        vt = tl.load(
+            _row(v, doc, head, at, v_b, v_t, v_h, VARLEN) + rows[:, None] * v_t + columns[None, :],
+            mask=valid[:, None] & inside[None, :],
+            other=0.0,
+        )
+        tt = tl.load(solve + item * _C * _C + rows[:, None] * _C + rows[None, :])
+        g = tl.load(total + item * _C + rows)
+        g_end = tl.load(total + item * _C + _C - 1)
+        factor_k = tl.load(rows_k + item * _C + rows)
+        write = tl.load(_row(beta, doc, head, at, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
+        held = s.to(dtype)
+        x = tl.dot(kt, held, input_precision=PRECISION)
+        x = write.to(tl.float32)[:, None] * (vt.to(tl.float32) - (factor_k * tl.exp(g))[:, None] * x)
+        u = tl.dot(tt, x.to(dtype), input_precision=PRECISION)
+        if OUTPUTS:
+            qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
+            factor_q = tl.load(rows_q + item * _C + rows)
+            scores = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+            between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0)) * (factor_q[:, None] * factor_k[None, :])
+            scores = tl.where(rows[:, None] >= rows[None, :], scores * between, 0.0)
+            y = tl.dot(qt, held, input_precision=PRECISION) * (factor_q * tl.exp(g))[:, None]
+            y = tl.dot(scores.to(dtype), u.to(dtype), y, input_precision=PRECISION)
+            token = at.to(tl.int64)
+            if not VARLEN:
+                token += doc.to(tl.int64) * length
+            out = o + (token * heads + head) * V + rows[:, None] * (heads * V) + columns[None, :]
+            tl.store(out, y.to(o.dtype.element_ty), mask=valid[:, None])
+        elif find == 0:
+            tl.store(states + item * K * V + cell, held)
+            tl.store(updates + item * _C * V + rows[:, None] * V + columns[None, :], u.to(dtype))
+        fall = factor_k * tl.exp(tl.minimum(g_end - g, 0.0))
+        s = tl.dot(tl.trans(kt), (u * fall[:, None]).to(dtype), s * tl.exp(g_end), input_precision=PRECISION)
+
+    item = segment.to(tl.int64) * heads + head
+    if find == 0:
+        if (has_final != 0) & (last != 0):
+            tl.store(final + here + cell, s)
+    elif of_map:
+        tl.store(move + item * K * K + channels[:, None] * K + columns[None, :], s, mask=(columns < K)[None, :])
+        if column == V // BV:
+            tl.store(moves + item, whole.to(tl.int32))
+    else:
+        tl.store(ends + item * K * V + cell, s)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "size", "has_state", "find"])
+def _scan_back(
+    grad,
+    q,
+    k,
+    beta,
+    solve,
+    total,
+    rows_q,
+    rows_k,
+    reach,
+    grad_state,
+    begins,
+    dfirst,
+    dstates,
+    errors,
+    table,
+    d_b,
+    d_t,
+    d_h,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    b_b,
+    b_t,
+    b_h,
+    length,
+    heads,
+    size,
+    has_state,
+    find,
+    BV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A segment from its last chunk to its first, with the gradient of the state dS [K, BV]:
+
+        dU = A^T do + (k e^{G_C - G}) dS',    Z = T^T dU,    dS = e^{G_C} dS' + (q e^G)^T do - (k e^G)^T (beta Z)
+
+    `find`: from 0 (a document's last segment: from the final state's gradient), to learn what the segment adds. Otherwise from
+    the true gradient, and dS' and Z of each chunk are kept.
+    """
+    column, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    doc, start, stop, chunk, first, last = _piece(table, segment, length, size, VARLEN)
+    if (doc < 0) | ((find != 0) & (first != 0)):
+        return
+    dtype = q.dtype.element_ty
+    chunks = (stop - start + _C - 1) // _C
+    used = chunks + 1
+    if find != 0:
+        used = _remembered(reach, chunk, chunks, heads, head, True)
+    whole = used > chunks
+    used = tl.minimum(used, chunks)
+    rows, channels = tl.arange(0, _C), tl.arange(0, K)
+    columns = column * BV + tl.arange(0, BV)
+    cell = channels[:, None] * V + columns[None, :]
+    given = columns < tl.where((has_state != 0) & (last != 0) & whole, V, 0)
+    found = columns < tl.where((find == 0) & (last == 0), V, 0)
+    here = (doc.to(tl.int64) * heads + head) * K * V
+    after = ((segment + 1).to(tl.int64) * heads + head) * K * V
+    ds = tl.load(grad_state + here + cell, mask=given[None, :], other=0.0).to(tl.float32)
+    ds += tl.load(begins + after + cell, mask=found[None, :], other=0.0)
+
+    for n in range(0, used):
+        c = used - 1 - n
+        at = start + c * _C
+        valid = rows < stop - at
+        item = (chunk + c).to(tl.int64) * heads + head
+        qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
+        kt = _tile(_row(k, doc, head, at, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
+        do = _tile(_row(grad, doc, head, at, d_b, d_t, d_h, VARLEN), d_t, valid, columns)
+        tt = tl.load(solve + item * _C * _C + rows[:, None] * _C + rows[None, :])
+        g = tl.load(total + item * _C + rows)
+        g_end = tl.load(total + item * _C + _C - 1)
+        factor_q = tl.load(rows_q + item * _C + rows)
+        factor_k = tl.load(rows_k + item * _C + rows)
+        write = tl.load(_row(beta, doc, head, at, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
+        held = ds.to(dtype)
+        # Rows are keys here: A^T is a product of its own.
+        scores = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
+        between = tl.exp(tl.minimum(g[None, :] - g[:, None], 0.0)) * (factor_q[None, :] * factor_k[:, None])
+        scores = tl.where(rows[None, :] >= rows[:, None], scores * between, 0.0)
+        fall = factor_k * tl.exp(tl.minimum(g_end - g, 0.0))
+        du = tl.dot(kt, held, input_precision=PRECISION) * fall[:, None]
+        du = tl.dot(scores.to(dtype), do, du, input_precision=PRECISION)
+        z = tl.dot(tl.trans(tt), du.to(dtype), input_precision=PRECISION)
+        if find == 0:
+            tl.store(dstates + item * K * V + cell, held)
+            tl.store(errors + item * _C * V + rows[:, None] * V + columns[None, :], z.to(dtype))
+        rise = tl.exp(g)
+        read = do.to(tl.float32) * (factor_q * rise)[:, None]
+        ds = tl.dot(tl.trans(qt), read.to(dtype), ds * tl.exp(g_end), input_precision=PRECISION)
+        erased = z * (-write.to(tl.float32) * factor_k * rise)[:, None]
+        ds = tl.dot(tl.trans(kt), erased.to(dtype), ds, input_precision=PRECISION)
+
+    if find != 0:
+        tl.store(begins + (segment.to(tl.int64) * heads + head) * K * V + cell, ds)
+    elif first != 0:
+        tl.store(dfirst + here + cell, ds)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "size"])
+def _join(
+    states,
+    move,
+    moves,
+    first_segments,
+    length,
+    heads,
+    size,
+    BV: tl.constexpr,
+    BACK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A document's segments in order, in place: states[n] += M_n states[n - 1]; backwards states[n] += M_n^T states[n + 1].
+
+    M has a row for every channel and S is the right factor, so rows go in blocks and S passes through memory.
+    """
+    column, head, doc = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if VARLEN:
+        begin = tl.load(first_segments + doc)
+        count = tl.load(first_segments + doc + 1) - begin
+    else:
+        count = (length + size - 1) // size
+        begin = doc * count
+    BR: tl.constexpr = K if K < 64 else 64
+    channels = tl.arange(0, K)
+    columns = column * BV + tl.arange(0, BV)
+    cell = channels[:, None] * V + columns[None, :]
+    # First and last segment have no map.
+    for n in range(1, count - 1):
+        segment = begin + (count - 1 - n if BACK else n)
+        item = segment.to(tl.int64) * heads + head
+        if tl.load(moves + item) != 0:
+            neighbour = item + heads if BACK else item - heads
+            s = tl.load(states + neighbour * K * V + cell)
+            for row in tl.static_range(0, K, BR):
+                r = row + tl.arange(0, BR)
+                if BACK:
+                    m = tl.load(move + item * K * K + channels[None, :] * K + r[:, None])
+                else:
+                    m = tl.load(move + item * K * K + r[:, None] * K + channels[None, :])
+                own = states + item * K * V + r[:, None] * V + columns[None, :]
+                tl.store(own, tl.dot(m, s, tl.load(own), input_precision=PRECISION))
+        # The next step reads what other threads of this program have written.
+        tl.debug_barrier()
+
+
+# --- gradients of a chunk ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def _gradients(
+    grad,
+    q,
+    k,
+    v,
+    beta,
+    total,
+    rows_q,
+    rows_k,
+    states,
+    dstates,
+    updates,
+    errors,
+    dq,
+    dk,
+    dv,
+    ddecay,
+    dbeta,
+    table,
+    d_b,
+    d_t,
+    d_h,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    b_b,
+    b_t,
+    b_h,
+    length,
+    heads,
+    scale,
+    L2: tl.constexpr,
+    BV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One chunk and head, from S before it, dS' after it, U and Z. With D_ij = e^{G_i - G_j}, q and k with their factors:
+
+        F = (do U^T) D, H = -beta (Z U^T) D below the diagonal
+        dq = F k + e^G do S^T
+        dk = F^T q + H^T k + e^{G_C - G} U dS'^T    (the part that falls with G)
+           + H k - beta e^G Z S^T                   (the part that rises with it)
+        dbeta = Z . (v - (k e^G) S - P U) = Z . v - e^G k . (Z S^T) - rows of P (Z U^T)
+        dG = q . dq + k . (the rising part - the falling part), and at the last token also that of G_C
+
+    A norm's backward takes a row's own direction away: with y = r x, dx = r (dy - y (y . dy)).
+    """
+    head, index = tl.program_id(0), tl.program_id(1)
+    doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
+    if doc < 0:
+        return
+    dtype = q.dtype.element_ty
+    rows, channels = tl.arange(0, _C), tl.arange(0, K)
+    i, j = rows[:, None], rows[None, :]
+    valid = rows < stop - start
+    item = index.to(tl.int64) * heads + head
+    g = tl.load(total + item * _C + rows)
+    g_end = tl.load(total + item * _C + _C - 1)
+    factor_q = tl.load(rows_q + item * _C + rows)
+    factor_k = tl.load(rows_k + item * _C + rows)
+    write = tl.load(_row(beta, doc, head, start, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
+    write = write.to(tl.float32)
+    first_do = _row(grad, doc, head, start, d_b, d_t, d_h, VARLEN)
+    first_v = _row(v, doc, head, start, v_b, v_t, v_h, VARLEN)
+    token = start.to(tl.int64)
+    if not VARLEN:
+        token += doc.to(tl.int64) * length
+    line = token * heads + head  # The first row in a contiguous [tokens, heads].
+
+    f = tl.zeros([_C, _C], tl.float32)
+    f_t = tl.zeros([_C, _C], tl.float32)
+    h = tl.zeros([_C, _C], tl.float32)
+    h_t = tl.zeros([_C, _C], tl.float32)
+    db = tl.zeros([_C], tl.float32)
+    for at in tl.static_range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        local = item * _C * V + i * V + columns[None, :]
+        do = _tile(first_do, d_t, valid, columns)
+        u = tl.load(updates + local)
+        z = tl.load(errors + local)
+        vt = _tile(first_v, v_t, valid, columns)
+        f = tl.dot(do, tl.trans(u), f, input_precision=PRECISION)
+        f_t = tl.dot(u, tl.trans(do), f_t, input_precision=PRECISION)
+        h = tl.dot(z, tl.trans(u), h, input_precision=PRECISION)
+        h_t = tl.dot(u, tl.trans(z), h_t, input_precision=PRECISION)
+        wide = z.to(tl.float32)
+        db += tl.sum(wide * vt.to(tl.float32), 1)
+        out = dv + line * V + i * (heads * V) + columns[None, :]
+        tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
+
+    kt = _tile(_row(k, doc, head, start, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
+    qt = _tile(_row(q, doc, head, start, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
+    between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))
+    between_t = tl.exp(tl.minimum(g[None, :] - g[:, None], 0.0))
+    gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
+    h = tl.where(i > j, h * between, 0.0) * factor_k[None, :]
+    db -= tl.sum(h * gram, 1) * factor_k
+    h *= -write[:, None]
+    h_t = tl.where(j > i, h_t * between_t, 0.0) * (-write * factor_k)[None, :]
+    f = tl.where(i >= j, f * between, 0.0) * factor_k[None, :]
+    f_t = tl.where(j >= i, f_t * between_t, 0.0) * factor_q[None, :]
+
+    rise = tl.exp(g)
+    spread = channels[None, :]
+    y = tl.zeros([_C, K], tl.float32)
+    for at in tl.static_range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        s = tl.load(states + item * K * V + channels[:, None] * V + columns[None, :])
+        y = tl.dot(_tile(first_do, d_t, valid, columns), tl.trans(s), y, input_precision=PRECISION)
+    y = tl.dot(f.to(dtype), kt, y * rise[:, None], input_precision=PRECISION)
+    dg = tl.sum(y * qt.to(tl.float32), 1) * factor_q
+    y *= factor_q[:, None]
+    if L2:
+        norm = factor_q / scale
+        y -= (norm * norm * dg)[:, None] * qt.to(tl.float32)
+    tl.store(dq + line * K + i * (heads * K) + spread, y.to(dq.dtype.element_ty), mask=valid[:, None])
+
+    rising = tl.zeros([_C, K], tl.float32)
+    falling = tl.zeros([_C, K], tl.float32)
+    whole = 0.0
+    for at in tl.static_range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        cell = item * K * V + channels[:, None] * V + columns[None, :]
+        local = item * _C * V + i * V + columns[None, :]
+        s = tl.load(states + cell)
+        ds = tl.load(dstates + cell)
+        rising = tl.dot(tl.load(errors + local), tl.trans(s), rising, input_precision=PRECISION)
+        falling = tl.dot(tl.load(updates + local), tl.trans(ds), falling, input_precision=PRECISION)
+        whole += tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1), 0)
+    key = kt.to(tl.float32)
+    held = tl.sum(rising * key, 1) * factor_k * rise
+    db -= held
+    rising = tl.dot(h.to(dtype), kt, rising * (-write * rise)[:, None], input_precision=PRECISION)
+    falling *= tl.exp(tl.minimum(g_end - g, 0.0))[:, None]
+    whole = whole * tl.exp(g_end) + tl.sum(tl.sum(falling * key, 1) * factor_k, 0)
+    falling = tl.dot(f_t.to(dtype), qt, falling, input_precision=PRECISION)
+    falling = tl.dot(h_t.to(dtype), kt, falling, input_precision=PRECISION)
+    up = tl.sum(rising * key, 1) * factor_k
+    down = tl.sum(falling * key, 1) * factor_k
+    y = (rising + falling) * factor_k[:, None]
+    if L2:
+        y -= (factor_k * factor_k * (up + down))[:, None] * key
+    tl.store(dk + line * K + i * (heads * K) + spread, y.to(dk.dtype.element_ty), mask=valid[:, None])
+
+    dg = tl.cumsum(dg + up - down, 0, reverse=True) + whole
+    tl.store(ddecay + line + rows * heads, dg.to(ddecay.dtype.element_ty), mask=valid)
+    tl.store(dbeta + line + rows * heads, db.to(dbeta.dtype.element_ty), mask=valid)
