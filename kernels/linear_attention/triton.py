@@ -232,6 +232,11 @@ def _value_block(keys: int, values: int, dtype: torch.dtype) -> int:
     return min(values, 32 if keys > 128 or dtype == torch.float32 else 64)
 
 
+def _gradient_block(keys: int, values: int, dtype: torch.dtype) -> int:
+    """Columns of S and dS that `_gradients` holds at once: tiles of at most 32 KB, so that what one product needs fits a processor."""
+    return min(values, 32768 // (keys * dtype.itemsize))
+
+
 def _launch(kind: str, keys: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
     """(warps, stages) of a kernel."""
     wide = keys > 128 or dtype == torch.float32
@@ -384,7 +389,7 @@ def _chunk_gradients(call, parts, grad, states, dstates, updates, errors) -> tup
         *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
         *(q.shape[1], call.heads, call.scale),
         L2=call.l2_norm,
-        BV=min(call.values, 128),
+        BV=_gradient_block(call.keys, call.values, call.q.dtype),
         **call.options("gradients"),
     )
     return grads
@@ -642,16 +647,17 @@ def _scan(
         write = tl.load(_row(beta, doc, head, at, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
         held = s.to(dtype)
         x = tl.dot(kt, held, input_precision=PRECISION)
-        x = write.to(tl.float32)[:, None] * (vt.to(tl.float32) - (factor_k * tl.exp(g))[:, None] * x)
-        u = tl.dot(tt, x.to(dtype), input_precision=PRECISION)
         if OUTPUTS:
             qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
             factor_q = tl.load(rows_q + item * _C + rows)
+            y = tl.dot(qt, held, input_precision=PRECISION) * tl.exp(g)[:, None]
             scores = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-            between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0)) * (factor_q[:, None] * factor_k[None, :])
-            scores = tl.where(rows[:, None] >= rows[None, :], scores * between, 0.0)
-            y = tl.dot(qt, held, input_precision=PRECISION) * (factor_q * tl.exp(g))[:, None]
-            y = tl.dot(scores.to(dtype), u.to(dtype), y, input_precision=PRECISION)
+            between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0)) * factor_k[None, :]
+            scores = tl.where(rows[:, None] >= rows[None, :], scores * between, 0.0).to(dtype)
+        x = write.to(tl.float32)[:, None] * (vt.to(tl.float32) - (factor_k * tl.exp(g))[:, None] * x)
+        u = tl.dot(tt, x.to(dtype), input_precision=PRECISION)
+        if OUTPUTS:
+            y = tl.dot(scores, u.to(dtype), y, input_precision=PRECISION) * factor_q[:, None]
             token = at.to(tl.int64)
             if not VARLEN:
                 token += doc.to(tl.int64) * length
@@ -896,9 +902,10 @@ def _gradients(
         return
     dtype = q.dtype.element_ty
     rows, channels = tl.arange(0, _C), tl.arange(0, K)
-    i, j = rows[:, None], rows[None, :]
     valid = rows < stop - start
     item = index.to(tl.int64) * heads + head
+    local = item * _C * V + rows[:, None] * V
+    cell = item * K * V + channels[:, None] * V
     g = tl.load(total + item * _C + rows)
     g_end = tl.load(total + item * _C + _C - 1)
     factor_q = tl.load(rows_q + item * _C + rows)
@@ -912,46 +919,24 @@ def _gradients(
         token += doc.to(tl.int64) * length
     line = token * heads + head  # The first row in a contiguous [tokens, heads].
 
-    f = tl.zeros([_C, _C], tl.float32)
-    f_t = tl.zeros([_C, _C], tl.float32)
-    h = tl.zeros([_C, _C], tl.float32)
-    h_t = tl.zeros([_C, _C], tl.float32)
-    db = tl.zeros([_C], tl.float32)
-    for at in tl.static_range(0, V, BV):
-        columns = at + tl.arange(0, BV)
-        local = item * _C * V + i * V + columns[None, :]
-        do = _tile(first_do, d_t, valid, columns)
-        u = tl.load(updates + local)
-        z = tl.load(errors + local)
-        vt = _tile(first_v, v_t, valid, columns)
-        f = tl.dot(do, tl.trans(u), f, input_precision=PRECISION)
-        f_t = tl.dot(u, tl.trans(do), f_t, input_precision=PRECISION)
-        h = tl.dot(z, tl.trans(u), h, input_precision=PRECISION)
-        h_t = tl.dot(u, tl.trans(z), h_t, input_precision=PRECISION)
-        wide = z.to(tl.float32)
-        db += tl.sum(wide * vt.to(tl.float32), 1)
-        out = dv + line * V + i * (heads * V) + columns[None, :]
-        tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
-
-    kt = _tile(_row(k, doc, head, start, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
-    qt = _tile(_row(q, doc, head, start, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
+    i, j = rows[:, None], rows[None, :]
+    spread = channels[None, :]
+    rise = tl.exp(g)
     between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))
     between_t = tl.exp(tl.minimum(g[None, :] - g[:, None], 0.0))
-    gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
-    h = tl.where(i > j, h * between, 0.0) * factor_k[None, :]
-    db -= tl.sum(h * gram, 1) * factor_k
-    h *= -write[:, None]
-    h_t = tl.where(j > i, h_t * between_t, 0.0) * (-write * factor_k)[None, :]
-    f = tl.where(i >= j, f * between, 0.0) * factor_k[None, :]
-    f_t = tl.where(j >= i, f_t * between_t, 0.0) * factor_q[None, :]
+    kt = _tile(_row(k, doc, head, start, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
+    qt = _tile(_row(q, doc, head, start, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
 
-    rise = tl.exp(g)
-    spread = channels[None, :]
+    # q, through F.
+    f = tl.zeros([_C, _C], tl.float32)
     y = tl.zeros([_C, K], tl.float32)
-    for at in tl.static_range(0, V, BV):
+    for at in range(0, V, BV):
         columns = at + tl.arange(0, BV)
-        s = tl.load(states + item * K * V + channels[:, None] * V + columns[None, :])
-        y = tl.dot(_tile(first_do, d_t, valid, columns), tl.trans(s), y, input_precision=PRECISION)
+        do = _tile(first_do, d_t, valid, columns)
+        f = tl.dot(do, tl.trans(tl.load(updates + local + columns[None, :])), f, input_precision=PRECISION)
+        s = tl.load(states + cell + columns[None, :])
+        y = tl.dot(do, tl.trans(s), y, input_precision=PRECISION)
+    f = tl.where(i >= j, f * between, 0.0) * factor_k[None, :]
     y = tl.dot(f.to(dtype), kt, y * rise[:, None], input_precision=PRECISION)
     dg = tl.sum(y * qt.to(tl.float32), 1) * factor_q
     y *= factor_q[:, None]
@@ -960,31 +945,49 @@ def _gradients(
         y -= (norm * norm * dg)[:, None] * qt.to(tl.float32)
     tl.store(dq + line * K + i * (heads * K) + spread, y.to(dq.dtype.element_ty), mask=valid[:, None])
 
-    rising = tl.zeros([_C, K], tl.float32)
-    falling = tl.zeros([_C, K], tl.float32)
-    whole = 0.0
-    for at in tl.static_range(0, V, BV):
+    # v and beta, and the part of k that rises with G, through H.
+    h = tl.zeros([_C, _C], tl.float32)
+    y = tl.zeros([_C, K], tl.float32)
+    db = tl.zeros([_C], tl.float32)
+    for at in range(0, V, BV):
         columns = at + tl.arange(0, BV)
-        cell = item * K * V + channels[:, None] * V + columns[None, :]
-        local = item * _C * V + i * V + columns[None, :]
-        s = tl.load(states + cell)
-        ds = tl.load(dstates + cell)
-        rising = tl.dot(tl.load(errors + local), tl.trans(s), rising, input_precision=PRECISION)
-        falling = tl.dot(tl.load(updates + local), tl.trans(ds), falling, input_precision=PRECISION)
+        z = tl.load(errors + local + columns[None, :])
+        h = tl.dot(z, tl.trans(tl.load(updates + local + columns[None, :])), h, input_precision=PRECISION)
+        y = tl.dot(z, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
+        wide = z.to(tl.float32)
+        db += tl.sum(wide * _tile(first_v, v_t, valid, columns).to(tl.float32), 1)
+        out = dv + line * V + i * (heads * V) + columns[None, :]
+        tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
+    gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
+    h = tl.where(i > j, h * between, 0.0) * factor_k[None, :]
+    db -= tl.sum(h * gram, 1) * factor_k + tl.sum(y * kt.to(tl.float32), 1) * factor_k * rise
+    y = tl.dot(h.to(dtype), kt, y * rise[:, None], input_precision=PRECISION) * -write[:, None]
+    up = tl.sum(y * kt.to(tl.float32), 1) * factor_k
+
+    # The part of k that falls with G, through F^T and H^T.
+    f = tl.zeros([_C, _C], tl.float32)
+    h = tl.zeros([_C, _C], tl.float32)
+    x = tl.zeros([_C, K], tl.float32)
+    whole = 0.0
+    for at in range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        u = tl.load(updates + local + columns[None, :])
+        f = tl.dot(u, tl.trans(_tile(first_do, d_t, valid, columns)), f, input_precision=PRECISION)
+        h = tl.dot(u, tl.trans(tl.load(errors + local + columns[None, :])), h, input_precision=PRECISION)
+        ds = tl.load(dstates + cell + columns[None, :])
+        x = tl.dot(u, tl.trans(ds), x, input_precision=PRECISION)
+        s = tl.load(states + cell + columns[None, :])
         whole += tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1), 0)
-    key = kt.to(tl.float32)
-    held = tl.sum(rising * key, 1) * factor_k * rise
-    db -= held
-    rising = tl.dot(h.to(dtype), kt, rising * (-write * rise)[:, None], input_precision=PRECISION)
-    falling *= tl.exp(tl.minimum(g_end - g, 0.0))[:, None]
-    whole = whole * tl.exp(g_end) + tl.sum(tl.sum(falling * key, 1) * factor_k, 0)
-    falling = tl.dot(f_t.to(dtype), qt, falling, input_precision=PRECISION)
-    falling = tl.dot(h_t.to(dtype), kt, falling, input_precision=PRECISION)
-    up = tl.sum(rising * key, 1) * factor_k
-    down = tl.sum(falling * key, 1) * factor_k
-    y = (rising + falling) * factor_k[:, None]
+    x *= tl.exp(tl.minimum(g_end - g, 0.0))[:, None]
+    whole = whole * tl.exp(g_end) + tl.sum(tl.sum(x * kt.to(tl.float32), 1) * factor_k, 0)
+    f = tl.where(j >= i, f * between_t, 0.0) * factor_q[None, :]
+    h = tl.where(j > i, h * between_t, 0.0) * (-write * factor_k)[None, :]
+    x = tl.dot(f.to(dtype), qt, x, input_precision=PRECISION)
+    x = tl.dot(h.to(dtype), kt, x, input_precision=PRECISION)
+    down = tl.sum(x * kt.to(tl.float32), 1) * factor_k
+    y = (y + x) * factor_k[:, None]
     if L2:
-        y -= (factor_k * factor_k * (up + down))[:, None] * key
+        y -= (factor_k * factor_k * (up + down))[:, None] * kt.to(tl.float32)
     tl.store(dk + line * K + i * (heads * K) + spread, y.to(dk.dtype.element_ty), mask=valid[:, None])
 
     dg = tl.cumsum(dg + up - down, 0, reverse=True) + whole
