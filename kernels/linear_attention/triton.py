@@ -40,6 +40,7 @@ EPS = 1e-6
 _C = tl.constexpr(64)
 # exp(-110) is 0 in fp32: a stronger decay means the same and would cost the sums their low bits.
 _STRONGEST = tl.constexpr(-110.0)
+_LOG2E = tl.constexpr(1.4426950408889634)
 # e^-200 times the largest fp32 number, over 256 channels, rounds to 0 in fp32.
 _FORGOTTEN = tl.constexpr(-200.0)
 
@@ -183,24 +184,25 @@ class _Call(NamedTuple):
 
     def options(self, kind: str) -> dict:
         """What every kernel takes: sizes, and the fixed choice of warps and stages."""
-        warps, stages = _launch(kind, self.keys, self.values, self.q.dtype)
         return {
             "K": self.keys,
             "V": self.values,
             "VARLEN": self.chunk_table is not None,
             "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
-            "num_warps": warps,
-            "num_stages": stages,
-        }
+        } | _launch(kind, self.keys, self.values, self.q.dtype)
 
 
 class _Parts(NamedTuple):
-    """What `_prepare` finds of a chunk and head: T, G, the factors of rows of q and k, and the log of the bound of |M|."""
+    """What `_prepare` finds of a chunk and head: T, G / ln 2, the factors of rows of q and k, beta, and the log of the bound of |M|.
+
+    All but T in fp32: loads of fewer than 4 bytes are not fetched ahead, and one that is waited for costs as much as two products.
+    """
 
     solve: Tensor
     total: Tensor
     rows_q: Tensor
     rows_k: Tensor
+    writes: Tensor
     reach: Tensor
 
 
@@ -233,21 +235,23 @@ def _value_block(keys: int, values: int, dtype: torch.dtype) -> int:
 
 
 def _gradient_block(keys: int, values: int, dtype: torch.dtype) -> int:
-    """Columns of S and dS that `_gradients` holds at once: tiles of at most 32 KB, so that what one product needs fits a processor."""
-    return min(values, 32768 // (keys * dtype.itemsize))
+    """Columns of S and dS that `_gradients` holds at once, two of each in flight: tiles of 16 KB, of fp32 32 KB."""
+    return min(values, 64 if keys <= 128 and dtype != torch.float32 else 32)
 
 
-def _launch(kind: str, keys: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(warps, stages) of a kernel."""
-    wide = keys > 128 or dtype == torch.float32
+def _launch(kind: str, keys: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """The fixed choice of a kernel's warps, stages and registers."""
+    narrow = keys <= 128 and dtype != torch.float32
     if kind == "prepare":
-        return 4, 1  # One tile of k, no loop worth a pipeline; four warps are one group of Hopper's matrix units.
+        # No loop worth a pipeline, one long chain: 128 registers let four programs share a processor.
+        return {"num_warps": 4, "num_stages": 1} | ({"maxnreg": 128} if narrow else {})
     if kind == "join":
-        return 4, 1  # Each step needs the last one's result.
+        return {"num_warps": 4, "num_stages": 1}  # Each step needs the last one's result.
     if kind == "gradients":
-        return 8, 1  # Two [64, K] sums in registers at once. Chunks are many: other programs hide the loads.
-    # The scans: the next chunk's tiles are fetched while this one's chain runs; wide tiles leave no room for that.
-    return (8 if keys > 128 else 4), 1 if wide else 2
+        # Two [64, K] sums at once need eight warps; 128 registers let two programs hide each other's loads.
+        return {"num_warps": 8} | ({"num_stages": 2, "maxnreg": 128} if narrow else {"num_stages": 1})
+    # The walks: two stages of narrow tiles let two programs share a processor; wide ones fill it with one.
+    return {"num_warps": 4, "num_stages": 2 if narrow else 1}
 
 
 def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,16 +293,16 @@ def _prepare_chunks(call: _Call) -> _Parts:
     q, k = call.q, call.k
     shape = (call.chunks, call.heads)
     solve = q.new_empty(*shape, CHUNK, CHUNK)
-    total, rows_q, rows_k = (q.new_empty(*shape, CHUNK, dtype=torch.float32) for _ in range(3))
+    vectors = tuple(q.new_empty(*shape, CHUNK, dtype=torch.float32) for _ in range(4))
     reach = q.new_empty(shape, dtype=torch.float32)
     _prepare[(call.heads, call.chunks)](
-        *(q, k, call.decay, call.beta, solve, total, rows_q, rows_k, reach, call.chunk_table),
+        *(q, k, call.decay, call.beta, solve, *vectors, reach, call.chunk_table),
         *(*q.stride()[:3], *k.stride()[:3], *call.decay.stride(), *call.beta.stride()),
         *(q.shape[1], call.heads, call.scale, EPS),
         L2=call.l2_norm,
         **call.options("prepare"),
     )
-    return _Parts(solve, total, rows_q, rows_k, reach)
+    return _Parts(solve, *vectors, reach)
 
 
 def _segment_ends(call: _Call, parts: _Parts, state: Tensor | None) -> tuple[Tensor | None, _Maps | None]:
@@ -329,13 +333,13 @@ def _walk(
     block = _value_block(call.keys, call.values, call.q.dtype)
     columns = call.values // block + (triton.cdiv(call.keys, block) if maps else 0)
     unused = parts.total  # Stands where a kernel reads and writes nothing.
-    q, k, v, beta = call.q, call.k, call.v, call.beta
+    q, k, v = call.q, call.k, call.v
     pointers = (state, ends, maps and maps.move, maps and maps.moves, o, states, updates, final)
     _scan[(columns, call.heads, call.segments)](
-        *(q, k, v, beta, *parts),
+        *(q, k, v, *parts),
         *(unused if x is None else x for x in pointers),
         call.segment_table,
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
         BV=block,
         OUTPUTS=o is not None,
@@ -358,9 +362,9 @@ def _walk_back(
     begins = dfirst if maps is None else call.states(call.segments)
     for find in (True, False) if maps else (False,):
         _scan_back[(call.values // block, call.heads, call.segments)](
-            *(grad, call.q, call.k, call.beta, *parts),
+            *(grad, call.q, call.k, *parts),
             *(dfirst if grad_state is None else grad_state, begins, dfirst, dstates, errors, call.segment_table),
-            *(*grad.stride()[:3], *call.q.stride()[:3], *call.k.stride()[:3], *call.beta.stride()),
+            *(*grad.stride()[:3], *call.q.stride()[:3], *call.k.stride()[:3]),
             *(call.q.shape[1], call.heads, call.size, int(grad_state is not None), int(find)),
             BV=block,
             **call.options("scan"),
@@ -384,9 +388,9 @@ def _chunk_gradients(call, parts, grad, states, dstates, updates, errors) -> tup
     q, k, v, decay, beta = inputs = (call.q, call.k, call.v, call.decay, call.beta)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     _gradients[(call.heads, call.chunks)](
-        *(grad, q, k, v, beta, parts.total, parts.rows_q, parts.rows_k, states, dstates, updates, errors),
+        *(grad, q, k, v, *parts[1:5], states, dstates, updates, errors),
         *(*grads, call.chunk_table),
-        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride()),
+        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(q.shape[1], call.heads, call.scale),
         L2=call.l2_norm,
         BV=_gradient_block(call.keys, call.values, call.q.dtype),
@@ -447,7 +451,7 @@ def _invert(lower, PRECISION: tl.constexpr):
     x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, blocks, 0.0)
     for level in tl.static_range(1, 4):
         corner = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), blocks, 0.0)
-        x -= tl.dot(tl.dot(x, corner, input_precision="tf32x3"), x, input_precision="tf32x3")
+        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
     x = tl.reshape(tl.where(same, tl.expand_dims(x, 2), 0.0), (64, 64))
     i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
     for level in tl.static_range(4, 6):
@@ -466,6 +470,7 @@ def _prepare(
     total,
     rows_q,
     rows_k,
+    writes,
     reach,
     table,
     q_b,
@@ -523,11 +528,13 @@ def _prepare(
         factor_k *= tl.rsqrt(square + eps)
         square *= factor_k * factor_k
         gram *= factor_k[:, None] * factor_k[None, :]
-    between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))
+    steps = g * _LOG2E
+    between = tl.exp2(tl.minimum(steps[:, None] - steps[None, :], 0.0))
     lower = tl.where(i > j, write[:, None] * gram * between, 0.0)
     x = _invert(lower, PRECISION)
     tl.store(solve + item * _C * _C + i * _C + j, x.to(solve.dtype.element_ty))
-    tl.store(total + item * _C + rows, g)
+    tl.store(total + item * _C + rows, steps)
+    tl.store(writes + item * _C + rows, write)
     tl.store(rows_q + item * _C + rows, factor_q)
     tl.store(rows_k + item * _C + rows, factor_k)
     growth = tl.log(tl.maximum(tl.abs(1.0 - write * square), 1.0))
@@ -558,11 +565,11 @@ def _scan(
     q,
     k,
     v,
-    beta,
     solve,
     total,
     rows_q,
     rows_k,
+    writes,
     reach,
     state,
     ends,
@@ -582,9 +589,6 @@ def _scan(
     v_b,
     v_t,
     v_h,
-    b_b,
-    b_t,
-    b_h,
     length,
     heads,
     size,
@@ -630,6 +634,9 @@ def _scan(
     s += tl.load(ends + before + cell, mask=found[None, :], other=0.0)
     s += tl.where(channels[:, None] == columns[None, :], tl.where(of_map & whole, 1.0, 0.0), 0.0)
 
+    if (not OUTPUTS) & (find == 0):
+        if chunks > 0:
+            tl.store(states + (chunk.to(tl.int64) * heads + head) * K * V + cell, s.to(dtype))
     for c in range(begin, chunks):
         at = start + c * _C
         valid = rows < stop - at
@@ -644,30 +651,33 @@ def _scan(
         g = tl.load(total + item * _C + rows)
         g_end = tl.load(total + item * _C + _C - 1)
         factor_k = tl.load(rows_k + item * _C + rows)
-        write = tl.load(_row(beta, doc, head, at, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
+        write = tl.load(writes + item * _C + rows)
         held = s.to(dtype)
         x = tl.dot(kt, held, input_precision=PRECISION)
         if OUTPUTS:
             qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
             factor_q = tl.load(rows_q + item * _C + rows)
-            y = tl.dot(qt, held, input_precision=PRECISION) * tl.exp(g)[:, None]
-            scores = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-            between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0)) * factor_k[None, :]
-            scores = tl.where(rows[:, None] >= rows[None, :], scores * between, 0.0).to(dtype)
-        x = write.to(tl.float32)[:, None] * (vt.to(tl.float32) - (factor_k * tl.exp(g))[:, None] * x)
+            y = tl.dot(qt, held, input_precision=PRECISION)
+        x = write[:, None] * (vt.to(tl.float32) - (factor_k * tl.exp2(g))[:, None] * x)
         u = tl.dot(tt, x.to(dtype), input_precision=PRECISION)
+        fall = factor_k * tl.exp2(tl.minimum(g_end - g, 0.0))
+        s = tl.dot(tl.trans(kt), (u * fall[:, None]).to(dtype), s * tl.exp2(g_end), input_precision=PRECISION)
+        # Stores come last: a product waits for those before it.
         if OUTPUTS:
-            y = tl.dot(scores, u.to(dtype), y, input_precision=PRECISION) * factor_q[:, None]
+            scores = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+            between = tl.exp2(tl.minimum(g[:, None] - g[None, :], 0.0)) * (factor_q[:, None] * factor_k[None, :])
+            scores = tl.where(rows[:, None] >= rows[None, :], scores * between, 0.0)
+            y *= (factor_q * tl.exp2(g))[:, None]
+            y = tl.dot(scores.to(dtype), u.to(dtype), y, input_precision=PRECISION)
             token = at.to(tl.int64)
             if not VARLEN:
                 token += doc.to(tl.int64) * length
             out = o + (token * heads + head) * V + rows[:, None] * (heads * V) + columns[None, :]
             tl.store(out, y.to(o.dtype.element_ty), mask=valid[:, None])
         elif find == 0:
-            tl.store(states + item * K * V + cell, held)
             tl.store(updates + item * _C * V + rows[:, None] * V + columns[None, :], u.to(dtype))
-        fall = factor_k * tl.exp(tl.minimum(g_end - g, 0.0))
-        s = tl.dot(tl.trans(kt), (u * fall[:, None]).to(dtype), s * tl.exp(g_end), input_precision=PRECISION)
+            if c + 1 < chunks:
+                tl.store(states + (item + heads) * K * V + cell, s.to(dtype))
 
     item = segment.to(tl.int64) * heads + head
     if find == 0:
@@ -686,11 +696,11 @@ def _scan_back(
     grad,
     q,
     k,
-    beta,
     solve,
     total,
     rows_q,
     rows_k,
+    writes,
     reach,
     grad_state,
     begins,
@@ -707,9 +717,6 @@ def _scan_back(
     k_b,
     k_t,
     k_h,
-    b_b,
-    b_t,
-    b_h,
     length,
     heads,
     size,
@@ -749,6 +756,9 @@ def _scan_back(
     ds = tl.load(grad_state + here + cell, mask=given[None, :], other=0.0).to(tl.float32)
     ds += tl.load(begins + after + cell, mask=found[None, :], other=0.0)
 
+    if find == 0:
+        if chunks > 0:
+            tl.store(dstates + ((chunk + chunks - 1).to(tl.int64) * heads + head) * K * V + cell, ds.to(dtype))
     for n in range(0, used):
         c = used - 1 - n
         at = start + c * _C
@@ -762,24 +772,25 @@ def _scan_back(
         g_end = tl.load(total + item * _C + _C - 1)
         factor_q = tl.load(rows_q + item * _C + rows)
         factor_k = tl.load(rows_k + item * _C + rows)
-        write = tl.load(_row(beta, doc, head, at, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
+        write = tl.load(writes + item * _C + rows)
         held = ds.to(dtype)
         # Rows are keys here: A^T is a product of its own.
         scores = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
-        between = tl.exp(tl.minimum(g[None, :] - g[:, None], 0.0)) * (factor_q[None, :] * factor_k[:, None])
+        between = tl.exp2(tl.minimum(g[None, :] - g[:, None], 0.0)) * (factor_q[None, :] * factor_k[:, None])
         scores = tl.where(rows[None, :] >= rows[:, None], scores * between, 0.0)
-        fall = factor_k * tl.exp(tl.minimum(g_end - g, 0.0))
+        fall = factor_k * tl.exp2(tl.minimum(g_end - g, 0.0))
         du = tl.dot(kt, held, input_precision=PRECISION) * fall[:, None]
         du = tl.dot(scores.to(dtype), do, du, input_precision=PRECISION)
         z = tl.dot(tl.trans(tt), du.to(dtype), input_precision=PRECISION)
-        if find == 0:
-            tl.store(dstates + item * K * V + cell, held)
-            tl.store(errors + item * _C * V + rows[:, None] * V + columns[None, :], z.to(dtype))
-        rise = tl.exp(g)
+        rise = tl.exp2(g)
         read = do.to(tl.float32) * (factor_q * rise)[:, None]
-        ds = tl.dot(tl.trans(qt), read.to(dtype), ds * tl.exp(g_end), input_precision=PRECISION)
-        erased = z * (-write.to(tl.float32) * factor_k * rise)[:, None]
+        ds = tl.dot(tl.trans(qt), read.to(dtype), ds * tl.exp2(g_end), input_precision=PRECISION)
+        erased = z * (-write * factor_k * rise)[:, None]
         ds = tl.dot(tl.trans(kt), erased.to(dtype), ds, input_precision=PRECISION)
+        if find == 0:
+            tl.store(errors + item * _C * V + rows[:, None] * V + columns[None, :], z.to(dtype))
+            if c > 0:
+                tl.store(dstates + (item - heads) * K * V + cell, ds.to(dtype))
 
     if find != 0:
         tl.store(begins + (segment.to(tl.int64) * heads + head) * K * V + cell, ds)
@@ -846,10 +857,10 @@ def _gradients(
     q,
     k,
     v,
-    beta,
     total,
     rows_q,
     rows_k,
+    writes,
     states,
     dstates,
     updates,
@@ -872,9 +883,6 @@ def _gradients(
     v_b,
     v_t,
     v_h,
-    b_b,
-    b_t,
-    b_h,
     length,
     heads,
     scale,
@@ -901,6 +909,7 @@ def _gradients(
     if doc < 0:
         return
     dtype = q.dtype.element_ty
+    BK: tl.constexpr = K if K < 128 else 128
     rows, channels = tl.arange(0, _C), tl.arange(0, K)
     valid = rows < stop - start
     item = index.to(tl.int64) * heads + head
@@ -910,8 +919,7 @@ def _gradients(
     g_end = tl.load(total + item * _C + _C - 1)
     factor_q = tl.load(rows_q + item * _C + rows)
     factor_k = tl.load(rows_k + item * _C + rows)
-    write = tl.load(_row(beta, doc, head, start, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
-    write = write.to(tl.float32)
+    write = tl.load(writes + item * _C + rows)
     first_do = _row(grad, doc, head, start, d_b, d_t, d_h, VARLEN)
     first_v = _row(v, doc, head, start, v_b, v_t, v_h, VARLEN)
     token = start.to(tl.int64)
@@ -921,31 +929,18 @@ def _gradients(
 
     i, j = rows[:, None], rows[None, :]
     spread = channels[None, :]
-    rise = tl.exp(g)
-    between = tl.exp(tl.minimum(g[:, None] - g[None, :], 0.0))
-    between_t = tl.exp(tl.minimum(g[None, :] - g[:, None], 0.0))
-    kt = _tile(_row(k, doc, head, start, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
+    rise = tl.exp2(g)
+    between = tl.exp2(tl.minimum(g[:, None] - g[None, :], 0.0))
+    between_t = tl.exp2(tl.minimum(g[None, :] - g[:, None], 0.0))
+    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
+    kt = _tile(first_k, k_t, valid, channels)
     qt = _tile(_row(q, doc, head, start, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
 
-    # q, through F.
-    f = tl.zeros([_C, _C], tl.float32)
-    y = tl.zeros([_C, K], tl.float32)
-    for at in range(0, V, BV):
-        columns = at + tl.arange(0, BV)
-        do = _tile(first_do, d_t, valid, columns)
-        f = tl.dot(do, tl.trans(tl.load(updates + local + columns[None, :])), f, input_precision=PRECISION)
-        s = tl.load(states + cell + columns[None, :])
-        y = tl.dot(do, tl.trans(s), y, input_precision=PRECISION)
-    f = tl.where(i >= j, f * between, 0.0) * factor_k[None, :]
-    y = tl.dot(f.to(dtype), kt, y * rise[:, None], input_precision=PRECISION)
-    dg = tl.sum(y * qt.to(tl.float32), 1) * factor_q
-    y *= factor_q[:, None]
-    if L2:
-        norm = factor_q / scale
-        y -= (norm * norm * dg)[:, None] * qt.to(tl.float32)
-    tl.store(dq + line * K + i * (heads * K) + spread, y.to(dq.dtype.element_ty), mask=valid[:, None])
-
     # v and beta, and the part of k that rises with G, through H.
+    gram = tl.zeros([_C, _C], tl.float32)
+    for at in tl.static_range(0, K, BK):
+        part = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
+        gram = tl.dot(part, tl.trans(part), gram, input_precision=PRECISION)
     h = tl.zeros([_C, _C], tl.float32)
     y = tl.zeros([_C, K], tl.float32)
     db = tl.zeros([_C], tl.float32)
@@ -958,7 +953,6 @@ def _gradients(
         db += tl.sum(wide * _tile(first_v, v_t, valid, columns).to(tl.float32), 1)
         out = dv + line * V + i * (heads * V) + columns[None, :]
         tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
-    gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
     h = tl.where(i > j, h * between, 0.0) * factor_k[None, :]
     db -= tl.sum(h * gram, 1) * factor_k + tl.sum(y * kt.to(tl.float32), 1) * factor_k * rise
     y = tl.dot(h.to(dtype), kt, y * rise[:, None], input_precision=PRECISION) * -write[:, None]
@@ -978,8 +972,8 @@ def _gradients(
         x = tl.dot(u, tl.trans(ds), x, input_precision=PRECISION)
         s = tl.load(states + cell + columns[None, :])
         whole += tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1), 0)
-    x *= tl.exp(tl.minimum(g_end - g, 0.0))[:, None]
-    whole = whole * tl.exp(g_end) + tl.sum(tl.sum(x * kt.to(tl.float32), 1) * factor_k, 0)
+    x *= tl.exp2(tl.minimum(g_end - g, 0.0))[:, None]
+    whole = whole * tl.exp2(g_end) + tl.sum(tl.sum(x * kt.to(tl.float32), 1) * factor_k, 0)
     f = tl.where(j >= i, f * between_t, 0.0) * factor_q[None, :]
     h = tl.where(j > i, h * between_t, 0.0) * (-write * factor_k)[None, :]
     x = tl.dot(f.to(dtype), qt, x, input_precision=PRECISION)
@@ -989,6 +983,23 @@ def _gradients(
     if L2:
         y -= (factor_k * factor_k * (up + down))[:, None] * kt.to(tl.float32)
     tl.store(dk + line * K + i * (heads * K) + spread, y.to(dk.dtype.element_ty), mask=valid[:, None])
+
+    # q, through F.
+    f = tl.zeros([_C, _C], tl.float32)
+    y = tl.zeros([_C, K], tl.float32)
+    for at in range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        do = _tile(first_do, d_t, valid, columns)
+        f = tl.dot(do, tl.trans(tl.load(updates + local + columns[None, :])), f, input_precision=PRECISION)
+        y = tl.dot(do, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
+    f = tl.where(i >= j, f * between, 0.0) * factor_k[None, :]
+    y = tl.dot(f.to(dtype), kt, y * rise[:, None], input_precision=PRECISION)
+    dg = tl.sum(y * qt.to(tl.float32), 1) * factor_q
+    y *= factor_q[:, None]
+    if L2:
+        norm = factor_q / scale
+        y -= (norm * norm * dg)[:, None] * qt.to(tl.float32)
+    tl.store(dq + line * K + i * (heads * K) + spread, y.to(dq.dtype.element_ty), mask=valid[:, None])
 
     dg = tl.cumsum(dg + up - down, 0, reverse=True) + whole
     tl.store(ddecay + line + rows * heads, dg.to(ddecay.dtype.element_ty), mask=valid)
