@@ -25,6 +25,7 @@ Results are the same bits in every run: no atomics, and shapes of blocks depend 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -82,11 +83,13 @@ def forward(
         segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
     """
     call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
-    parts = _prepare_chunks(call)
-    ends, _ = _segment_ends(call, parts, state)
+    plan: list[_Launch] = []
+    parts = _prepare_chunks(plan, call)
+    ends, _ = _segment_ends(plan, call, parts, state)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = call.states(call.docs)
-    _walk(call, parts, state, ends, final, o=o)
+    _walk(plan, call, parts, state, ends, final, o=o)
+    _run(plan)
     return o, final
 
 
@@ -108,20 +111,51 @@ def backward(
     """Gradients of q, k, v, decay, beta and state (None without one), each in its input's dtype, from those of o and of the
     final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
     call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
-    parts = _prepare_chunks(call)
-    ends, maps = _segment_ends(call, parts, state)
+    plan: list[_Launch] = []
+    parts = _prepare_chunks(plan, call)
+    ends, maps = _segment_ends(plan, call, parts, state)
     states = q.new_empty(call.chunks, call.heads, call.keys, call.values)
     updates = q.new_empty(call.chunks, call.heads, CHUNK, call.values)
-    _walk(call, parts, state, ends, None, states=states, updates=updates)
+    _walk(plan, call, parts, state, ends, None, states=states, updates=updates)
     grad = _rows(grad.to(q.dtype))
     dstates, errors = torch.empty_like(states), torch.empty_like(updates)
     dfirst = call.states(call.docs)
-    _walk_back(call, parts, grad, grad_state, maps, dfirst, dstates, errors)
-    grads = _chunk_gradients(call, parts, grad, states, dstates, updates, errors)
+    _walk_back(plan, call, parts, grad, grad_state, maps, dfirst, dstates, errors)
+    grads = _chunk_gradients(plan, call, parts, grad, states, dstates, updates, errors)
+    _run(plan)
     return *grads, None if state is None else dfirst.to(state.dtype)
 
 
 # --- the host's side ---------------------------------------------------------------------------------------------------------
+
+
+class _Launch(NamedTuple):
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict
+
+    def variant(self) -> tuple:
+        """What decides, together with strides, which machine code is run."""
+        dtypes = tuple(x.dtype for x in self.args if isinstance(x, Tensor))
+        return (self.kernel, dtypes, *self.options.items())
+
+
+_known: set[tuple] = set()
+
+
+def _run(plan: list[_Launch]) -> None:
+    """Launch in order. Kernels that are new to this process are compiled side by side first: a cold call waits for the slowest
+    of them, not for their sum."""
+    with torch.cuda.device_of(plan[0].args[0]):
+        new = {variant: launch for launch in plan if (variant := launch.variant()) not in _known}
+        if new and plan[0].args[0].is_cuda:
+            with ThreadPoolExecutor(len(new)) as pool, triton.AsyncCompileMode(pool):
+                for kernel, grid, args, options in new.values():
+                    kernel.warmup(*args, grid=grid, **options)
+            _known.update(new)
+        for kernel, grid, args, options in plan:
+            kernel[grid](*args, **options)
 
 
 class _Call(NamedTuple):
@@ -182,14 +216,14 @@ class _Call(NamedTuple):
     def states(self, count: int) -> Tensor:
         return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
 
-    def options(self, kind: str) -> dict:
+    def options(self, kind: str, **switches: object) -> dict:
         """What every kernel takes: sizes, and the fixed choice of warps and stages."""
         return {
             "K": self.keys,
             "V": self.values,
             "VARLEN": self.chunk_table is not None,
             "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
-        } | _launch(kind, self.keys, self.values, self.q.dtype)
+        } | _launch(kind, self.keys, self.q.dtype) | switches
 
 
 class _Parts(NamedTuple):
@@ -229,29 +263,31 @@ def _segment_tokens(length: int, batch: int, programs: int, processors: int) -> 
 
 
 def _value_block(keys: int, values: int, dtype: torch.dtype) -> int:
-    """Columns of S a program holds. 64: S of 128 x 64 in fp32 is 64 registers a thread, and two programs fit a processor.
-    Wide keys and fp32 tiles take twice the room, so half the columns."""
-    return min(values, 32 if keys > 128 or dtype == torch.float32 else 64)
+    """Columns of S a program holds. 64: S of 128 x 64 in fp32 is 128 registers a thread short of none, and two programs fit a
+    processor. fp32 tiles take twice the room, so half the columns."""
+    return min(values, 32 if dtype == torch.float32 else 64)
 
 
 def _gradient_block(keys: int, values: int, dtype: torch.dtype) -> int:
-    """Columns of S and dS that `_gradients` holds at once, two of each in flight: tiles of 16 KB, of fp32 32 KB."""
+    """Columns of S and dS that `_gradients` reads at once: a tile passes through registers, which its sums need."""
     return min(values, 64 if keys <= 128 and dtype != torch.float32 else 32)
 
 
-def _launch(kind: str, keys: int, values: int, dtype: torch.dtype) -> dict[str, int]:
-    """The fixed choice of a kernel's warps, stages and registers."""
+def _launch(kind: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
+    """The fixed choice of a kernel's stages and registers.
+
+    Always four warps: with more, Triton's wait for one group of Hopper's matrix units lets tiles in use be overwritten, and results
+    change from run to run.
+    """
     narrow = keys <= 128 and dtype != torch.float32
-    if kind == "prepare":
-        # No loop worth a pipeline, one long chain: 128 registers let four programs share a processor.
-        return {"num_warps": 4, "num_stages": 1} | ({"maxnreg": 128} if narrow else {})
-    if kind == "join":
-        return {"num_warps": 4, "num_stages": 1}  # Each step needs the last one's result.
-    if kind == "gradients":
-        # Two [64, K] sums at once need eight warps; 128 registers let two programs hide each other's loads.
-        return {"num_warps": 8} | ({"num_stages": 2, "maxnreg": 128} if narrow else {"num_stages": 1})
-    # The walks: two stages of narrow tiles let two programs share a processor; wide ones fill it with one.
-    return {"num_warps": 4, "num_stages": 2 if narrow else 1}
+    if kind == "prepare" and narrow:
+        # One long chain and no loop: with 128 registers four programs share a processor.
+        return {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
+    if kind == "scan" and narrow:
+        # The next chunk's tiles are on their way while this one's chain runs; more stages leave room for one program only.
+        return {"num_warps": 4, "num_stages": 2}
+    # `_join` has a chain, `_gradients` short loops, wide tiles no room: nothing to fetch ahead.
+    return {"num_warps": 4, "num_stages": 1}
 
 
 def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,35 +325,38 @@ def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[
     )
 
 
-def _prepare_chunks(call: _Call) -> _Parts:
+def _prepare_chunks(plan: list[_Launch], call: _Call) -> _Parts:
     q, k = call.q, call.k
     shape = (call.chunks, call.heads)
     solve = q.new_empty(*shape, CHUNK, CHUNK)
     vectors = tuple(q.new_empty(*shape, CHUNK, dtype=torch.float32) for _ in range(4))
     reach = q.new_empty(shape, dtype=torch.float32)
-    _prepare[(call.heads, call.chunks)](
+    args = (
         *(q, k, call.decay, call.beta, solve, *vectors, reach, call.chunk_table),
         *(*q.stride()[:3], *k.stride()[:3], *call.decay.stride(), *call.beta.stride()),
         *(q.shape[1], call.heads, call.scale, EPS),
-        L2=call.l2_norm,
-        **call.options("prepare"),
     )
+    options = call.options("prepare", L2=call.l2_norm)
+    plan.append(_Launch(_prepare, (call.heads, call.chunks), args, options))
     return _Parts(solve, *vectors, reach)
 
 
-def _segment_ends(call: _Call, parts: _Parts, state: Tensor | None) -> tuple[Tensor | None, _Maps | None]:
+def _segment_ends(
+    plan: list[_Launch], call: _Call, parts: _Parts, state: Tensor | None
+) -> tuple[Tensor | None, _Maps | None]:
     """The state after each segment but a document's last, and the segments' maps; None if no document is split."""
     if not call.split:
         return None, None
     ends = call.states(call.segments)
     moves = ends.new_empty(call.segments, call.heads, call.keys, call.keys)
     maps = _Maps(moves, torch.empty(call.segments, call.heads, dtype=torch.int32, device=ends.device))
-    _walk(call, parts, state, ends, None, maps=maps)
-    _join_segments(call, ends, maps, back=False)
+    _walk(plan, call, parts, state, ends, None, maps=maps)
+    _join_segments(plan, call, ends, maps, back=False)
     return ends, maps
 
 
 def _walk(
+    plan: list[_Launch],
     call: _Call,
     parts: _Parts,
     state: Tensor | None,
@@ -335,19 +374,19 @@ def _walk(
     unused = parts.total  # Stands where a kernel reads and writes nothing.
     q, k, v = call.q, call.k, call.v
     pointers = (state, ends, maps and maps.move, maps and maps.moves, o, states, updates, final)
-    _scan[(columns, call.heads, call.segments)](
+    args = (
         *(q, k, v, *parts),
         *(unused if x is None else x for x in pointers),
         call.segment_table,
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
-        BV=block,
-        OUTPUTS=o is not None,
-        **call.options("scan"),
     )
+    options = call.options("scan", BV=block, OUTPUTS=o is not None)
+    plan.append(_Launch(_scan, (columns, call.heads, call.segments), args, options))
 
 
 def _walk_back(
+    plan: list[_Launch],
     call: _Call,
     parts: _Parts,
     grad: Tensor,
@@ -361,41 +400,45 @@ def _walk_back(
     block = _value_block(call.keys, call.values, call.q.dtype)
     begins = dfirst if maps is None else call.states(call.segments)
     for find in (True, False) if maps else (False,):
-        _scan_back[(call.values // block, call.heads, call.segments)](
+        args = (
             *(grad, call.q, call.k, *parts),
             *(dfirst if grad_state is None else grad_state, begins, dfirst, dstates, errors, call.segment_table),
             *(*grad.stride()[:3], *call.q.stride()[:3], *call.k.stride()[:3]),
             *(call.q.shape[1], call.heads, call.size, int(grad_state is not None), int(find)),
-            BV=block,
-            **call.options("scan"),
         )
+        grid = (call.values // block, call.heads, call.segments)
+        plan.append(_Launch(_scan_back, grid, args, call.options("scan", BV=block)))
         if find and maps is not None:
-            _join_segments(call, begins, maps, back=True)
+            _join_segments(plan, call, begins, maps, back=True)
 
 
-def _join_segments(call: _Call, states: Tensor, maps: _Maps, *, back: bool) -> None:
+def _join_segments(plan: list[_Launch], call: _Call, states: Tensor, maps: _Maps, *, back: bool) -> None:
     block = min(call.values, 32)
-    options = call.options("join") | {"PRECISION": "tf32x3"}
-    _join[(call.values // block, call.heads, call.docs)](
-        *(states, *maps, call.first_segments, call.q.shape[1], call.heads, call.size),
-        BV=block,
-        BACK=back,
-        **options,
-    )
+    args = (states, *maps, call.first_segments, call.q.shape[1], call.heads, call.size)
+    options = call.options("join", BV=block, BACK=back) | {"PRECISION": "tf32x3"}
+    plan.append(_Launch(_join, (call.values // block, call.heads, call.docs), args, options))
 
 
-def _chunk_gradients(call, parts, grad, states, dstates, updates, errors) -> tuple[Tensor, ...]:
+def _chunk_gradients(
+    plan: list[_Launch],
+    call: _Call,
+    parts: _Parts,
+    grad: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    updates: Tensor,
+    errors: Tensor,
+) -> tuple[Tensor, ...]:
     q, k, v, decay, beta = inputs = (call.q, call.k, call.v, call.decay, call.beta)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
-    _gradients[(call.heads, call.chunks)](
+    args = (
         *(grad, q, k, v, *parts[1:5], states, dstates, updates, errors),
         *(*grads, call.chunk_table),
         *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(q.shape[1], call.heads, call.scale),
-        L2=call.l2_norm,
-        BV=_gradient_block(call.keys, call.values, call.q.dtype),
-        **call.options("gradients"),
     )
+    options = call.options("gradients", L2=call.l2_norm, BV=_gradient_block(call.keys, call.values, call.q.dtype))
+    plan.append(_Launch(_gradients, (call.heads, call.chunks), args, options))
     return grads
 
 
@@ -851,6 +894,14 @@ def _join(
 # --- gradients of a chunk ----------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _between(total, item, TURNED: tl.constexpr):
+    """D_ij = e^{G_i - G_j} for tokens i (rows) and j, or turned, D_ji; 1 where it is not used."""
+    rows = tl.arange(0, _C)
+    g_i, g_j = tl.load(total + item * _C + rows)[:, None], tl.load(total + item * _C + rows)[None, :]
+    return tl.exp2(tl.minimum(g_j - g_i if TURNED else g_i - g_j, 0.0))
+
+
 @triton.jit(do_not_specialize=["length", "heads"])
 def _gradients(
     grad,
@@ -897,12 +948,13 @@ def _gradients(
 
         F = (do U^T) D, H = -beta (Z U^T) D below the diagonal
         dq = F k + e^G do S^T
-        dk = F^T q + H^T k + e^{G_C - G} U dS'^T    (the part that falls with G)
-           + H k - beta e^G Z S^T                   (the part that rises with it)
+        dk = H k - beta e^G Z S^T                      (the part that rises with G)
+           + F^T q + H^T k + (e^{G_C - G} U) dS'^T     (the part that falls with it)
         dbeta = Z . (v - (k e^G) S - P U) = Z . v - e^G k . (Z S^T) - rows of P (Z U^T)
         dG = q . dq + k . (the rising part - the falling part), and at the last token also that of G_C
 
-    A norm's backward takes a row's own direction away: with y = r x, dx = r (dy - y (y . dy)).
+    A norm's backward takes a row's own direction away: with y = r x, dx = r (dy - y (y . dy)). There is one sum [64, K] at a time,
+    and each part reads its tiles again: registers are what is short.
     """
     head, index = tl.program_id(0), tl.program_id(1)
     doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
@@ -911,78 +963,21 @@ def _gradients(
     dtype = q.dtype.element_ty
     BK: tl.constexpr = K if K < 128 else 128
     rows, channels = tl.arange(0, _C), tl.arange(0, K)
+    i, j = rows[:, None], rows[None, :]
     valid = rows < stop - start
     item = index.to(tl.int64) * heads + head
     local = item * _C * V + rows[:, None] * V
     cell = item * K * V + channels[:, None] * V
-    g = tl.load(total + item * _C + rows)
-    g_end = tl.load(total + item * _C + _C - 1)
-    factor_q = tl.load(rows_q + item * _C + rows)
-    factor_k = tl.load(rows_k + item * _C + rows)
-    write = tl.load(writes + item * _C + rows)
     first_do = _row(grad, doc, head, start, d_b, d_t, d_h, VARLEN)
     first_v = _row(v, doc, head, start, v_b, v_t, v_h, VARLEN)
+    first_q = _row(q, doc, head, start, q_b, q_t, q_h, VARLEN)
+    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
     token = start.to(tl.int64)
     if not VARLEN:
         token += doc.to(tl.int64) * length
     line = token * heads + head  # The first row in a contiguous [tokens, heads].
-
-    i, j = rows[:, None], rows[None, :]
-    spread = channels[None, :]
-    rise = tl.exp2(g)
-    between = tl.exp2(tl.minimum(g[:, None] - g[None, :], 0.0))
-    between_t = tl.exp2(tl.minimum(g[None, :] - g[:, None], 0.0))
-    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
-    kt = _tile(first_k, k_t, valid, channels)
-    qt = _tile(_row(q, doc, head, start, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
-
-    # v and beta, and the part of k that rises with G, through H.
-    gram = tl.zeros([_C, _C], tl.float32)
-    for at in tl.static_range(0, K, BK):
-        part = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
-        gram = tl.dot(part, tl.trans(part), gram, input_precision=PRECISION)
-    h = tl.zeros([_C, _C], tl.float32)
-    y = tl.zeros([_C, K], tl.float32)
-    db = tl.zeros([_C], tl.float32)
-    for at in range(0, V, BV):
-        columns = at + tl.arange(0, BV)
-        z = tl.load(errors + local + columns[None, :])
-        h = tl.dot(z, tl.trans(tl.load(updates + local + columns[None, :])), h, input_precision=PRECISION)
-        y = tl.dot(z, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
-        wide = z.to(tl.float32)
-        db += tl.sum(wide * _tile(first_v, v_t, valid, columns).to(tl.float32), 1)
-        out = dv + line * V + i * (heads * V) + columns[None, :]
-        tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
-    h = tl.where(i > j, h * between, 0.0) * factor_k[None, :]
-    db -= tl.sum(h * gram, 1) * factor_k + tl.sum(y * kt.to(tl.float32), 1) * factor_k * rise
-    y = tl.dot(h.to(dtype), kt, y * rise[:, None], input_precision=PRECISION) * -write[:, None]
-    up = tl.sum(y * kt.to(tl.float32), 1) * factor_k
-
-    # The part of k that falls with G, through F^T and H^T.
-    f = tl.zeros([_C, _C], tl.float32)
-    h = tl.zeros([_C, _C], tl.float32)
-    x = tl.zeros([_C, K], tl.float32)
-    whole = 0.0
-    for at in range(0, V, BV):
-        columns = at + tl.arange(0, BV)
-        u = tl.load(updates + local + columns[None, :])
-        f = tl.dot(u, tl.trans(_tile(first_do, d_t, valid, columns)), f, input_precision=PRECISION)
-        h = tl.dot(u, tl.trans(tl.load(errors + local + columns[None, :])), h, input_precision=PRECISION)
-        ds = tl.load(dstates + cell + columns[None, :])
-        x = tl.dot(u, tl.trans(ds), x, input_precision=PRECISION)
-        s = tl.load(states + cell + columns[None, :])
-        whole += tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1), 0)
-    x *= tl.exp2(tl.minimum(g_end - g, 0.0))[:, None]
-    whole = whole * tl.exp2(g_end) + tl.sum(tl.sum(x * kt.to(tl.float32), 1) * factor_k, 0)
-    f = tl.where(j >= i, f * between_t, 0.0) * factor_q[None, :]
-    h = tl.where(j > i, h * between_t, 0.0) * (-write * factor_k)[None, :]
-    x = tl.dot(f.to(dtype), qt, x, input_precision=PRECISION)
-    x = tl.dot(h.to(dtype), kt, x, input_precision=PRECISION)
-    down = tl.sum(x * kt.to(tl.float32), 1) * factor_k
-    y = (y + x) * factor_k[:, None]
-    if L2:
-        y -= (factor_k * factor_k * (up + down))[:, None] * kt.to(tl.float32)
-    tl.store(dk + line * K + i * (heads * K) + spread, y.to(dk.dtype.element_ty), mask=valid[:, None])
+    row_k = line * K + rows[:, None] * (heads * K) + channels[None, :]
+    g_end = tl.load(total + item * _C + _C - 1)
 
     # q, through F.
     f = tl.zeros([_C, _C], tl.float32)
@@ -992,15 +987,79 @@ def _gradients(
         do = _tile(first_do, d_t, valid, columns)
         f = tl.dot(do, tl.trans(tl.load(updates + local + columns[None, :])), f, input_precision=PRECISION)
         y = tl.dot(do, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
-    f = tl.where(i >= j, f * between, 0.0) * factor_k[None, :]
-    y = tl.dot(f.to(dtype), kt, y * rise[:, None], input_precision=PRECISION)
-    dg = tl.sum(y * qt.to(tl.float32), 1) * factor_q
-    y *= factor_q[:, None]
+    factor = tl.load(rows_k + item * _C + rows)
+    f = tl.where(i >= j, f * _between(total, item, False), 0.0) * factor[None, :]
+    y *= tl.exp2(tl.load(total + item * _C + rows))[:, None]
+    y = tl.dot(f.to(dtype), _tile(first_k, k_t, valid, channels), y, input_precision=PRECISION)
+    factor = tl.load(rows_q + item * _C + rows)
+    raw = _tile(first_q, q_t, valid, channels).to(tl.float32)
+    dg = tl.sum(y * raw, 1) * factor
+    y *= factor[:, None]
     if L2:
-        norm = factor_q / scale
-        y -= (norm * norm * dg)[:, None] * qt.to(tl.float32)
-    tl.store(dq + line * K + i * (heads * K) + spread, y.to(dq.dtype.element_ty), mask=valid[:, None])
+        norm = factor / scale
+        y -= (norm * norm * dg)[:, None] * raw
+    tl.store(dq + row_k, y.to(dq.dtype.element_ty), mask=valid[:, None])
 
-    dg = tl.cumsum(dg + up - down, 0, reverse=True) + whole
-    tl.store(ddecay + line + rows * heads, dg.to(ddecay.dtype.element_ty), mask=valid)
+    # v and beta, and the part of k that rises with G, through H.
+    h = tl.zeros([_C, _C], tl.float32)
+    y = tl.zeros([_C, K], tl.float32)
+    db = tl.zeros([_C], tl.float32)
+    write = tl.load(writes + item * _C + rows)
+    for at in range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        z = tl.load(errors + local + columns[None, :])
+        h = tl.dot(z, tl.trans(tl.load(updates + local + columns[None, :])), h, input_precision=PRECISION)
+        y = tl.dot(z, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
+        wide = z.to(tl.float32)
+        db += tl.sum(wide * _tile(first_v, v_t, valid, columns).to(tl.float32), 1)
+        out = dv + line * V + rows[:, None] * (heads * V) + columns[None, :]
+        tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
+    gram = tl.zeros([_C, _C], tl.float32)
+    for at in tl.static_range(0, K, BK):
+        part = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
+        gram = tl.dot(part, tl.trans(part), gram, input_precision=PRECISION)
+    factor = tl.load(rows_k + item * _C + rows)
+    h = tl.where(i > j, h * _between(total, item, False), 0.0) * factor[None, :]
+    rise = tl.exp2(tl.load(total + item * _C + rows))
+    kt = _tile(first_k, k_t, valid, channels)
+    db -= (tl.sum(h * gram, 1) + tl.sum(y * kt.to(tl.float32), 1) * rise) * factor
+    y = tl.dot(h.to(dtype), kt, y * rise[:, None], input_precision=PRECISION) * -write[:, None]
+    up = tl.sum(y * kt.to(tl.float32), 1)
     tl.store(dbeta + line + rows * heads, db.to(dbeta.dtype.element_ty), mask=valid)
+
+    # The part of k that falls with G, through F^T and H^T: onto the same sum, its products with k by difference.
+    f = tl.zeros([_C, _C], tl.float32)
+    h = tl.zeros([_C, _C], tl.float32)
+    fall = tl.exp2(tl.minimum(g_end - tl.load(total + item * _C + rows), 0.0))
+    for at in range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        u = tl.load(updates + local + columns[None, :])
+        f = tl.dot(u, tl.trans(_tile(first_do, d_t, valid, columns)), f, input_precision=PRECISION)
+        h = tl.dot(u, tl.trans(tl.load(errors + local + columns[None, :])), h, input_precision=PRECISION)
+        ds = tl.load(dstates + cell + columns[None, :])
+        carried = (u.to(tl.float32) * fall[:, None]).to(dtype)
+        y = tl.dot(carried, tl.trans(ds), y, input_precision=PRECISION)
+    factor = tl.load(rows_k + item * _C + rows)
+    kt = _tile(first_k, k_t, valid, channels)
+    whole = tl.sum((tl.sum(y * kt.to(tl.float32), 1) - up) * factor, 0)
+    between = _between(total, item, True)
+    f = tl.where(j >= i, f * between, 0.0) * tl.load(rows_q + item * _C + rows)[None, :]
+    h = tl.where(j > i, h * between, 0.0) * (-write * factor)[None, :]
+    y = tl.dot(f.to(dtype), _tile(first_q, q_t, valid, channels), y, input_precision=PRECISION)
+    y = tl.dot(h.to(dtype), kt, y, input_precision=PRECISION)
+    both = tl.sum(y * kt.to(tl.float32), 1)
+    dg += (2.0 * up - both) * factor
+    y *= factor[:, None]
+    if L2:
+        y -= (factor * factor * factor * both)[:, None] * kt.to(tl.float32)
+    tl.store(dk + row_k, y.to(dk.dtype.element_ty), mask=valid[:, None])
+
+    # e^{G_C} also multiplies S.
+    shared = tl.zeros([K, 32], tl.float32)
+    for at in range(0, V, 32):
+        columns = at + tl.arange(0, 32)
+        s = tl.load(states + cell + columns[None, :])
+        shared += s.to(tl.float32) * tl.load(dstates + cell + columns[None, :]).to(tl.float32)
+    whole += tl.sum(tl.sum(shared, 1), 0) * tl.exp2(g_end)
+    dg = tl.cumsum(dg, 0, reverse=True) + whole
+    tl.store(ddecay + line + rows * heads, dg.to(ddecay.dtype.element_ty), mask=valid)
