@@ -4,23 +4,25 @@ The algebra is `reference.py`'s, with T = (I + diag(beta) P)^-1. A chunk of 64 t
 
     U = T diag(beta) (v - (k e^G) S),    o = (q e^G) S + A U,    S' = e^{G_C} S + k^T (e^{G_C - G} U)
 
-so that per-chunk states never leave the chip in the forward pass. `_prepare` finds T and G of all chunks at once; `_scan` then walks
-the chunks with S in registers. A hybrid has few heads, too few to fill a card, so a sequence is walked in segments:
+so that per-chunk states never leave the chip in the forward pass. `_prepare` finds T and G of all chunks at once; `_scan` then
+walks the chunks with S in registers. A hybrid has few heads, too few to fill a card, so a sequence is walked in segments:
 
 1. Every segment is a map S -> M S + R. All are found at once by the same walk: R from a zero state, M from the identity with v = 0.
 2. `_join` puts the few maps in order and finds the state between segments in fp32.
 3. Every segment is walked again from its true first state.
 
-Step 1 walks only as far as memory reaches. |M| <= prod_t e^{g_t} max(1, |1 - beta_t |k_t|^2|), a bound that `_prepare` sums up; once it
-is under e^-200, what lies before would be multiplied by less than the smallest float over the largest: it is exactly 0 in fp32.
-Weak decays keep M, strong ones make step 1 nearly free, and neither is a guess.
+Step 1 walks only as far as memory reaches. |M| is at most prod_t e^{g_t} max(1, |1 - beta_t |k_t|^2|), a bound that `_prepare`
+sums up; where it is under e^-200, what lies before is multiplied by less than the smallest float over the largest, exactly 0 in
+fp32. Weak decays keep M, strong ones make step 1 nearly free, and neither is a guess. Packed documents are segments too: a
+document has one or more, and M is never asked for across a start.
 
 The backward pass is the same walk once forwards, to keep the states, and once backwards for their gradients (its maps are M^T);
 `_gradients` then treats all chunks at once. A row's norm and decays are factors of rows of products, so tiles of q and k go from
-memory to the matrix units as they are. One pattern is avoided throughout: a computed tile is never transposed to be the left factor
-of a product (Triton 3.4 to 3.7 miscompile it on Hopper); the transpose is computed as a product of its own.
+memory to the matrix units as they are.
 
-Results are the same bits in every run: no atomics, and shapes of blocks depend only on shapes, dtype and processors.
+Results are the same bits in every run: no atomics, and the work is cut by shapes, dtype and processors alone. Two patterns that
+Triton 3.4 to 3.7 turns into wrong code for Hopper are avoided throughout: a computed tile transposed to be the left factor of a
+product (its transpose is computed as a product of its own), and more than four warps (`_launch` says why).
 """
 
 from __future__ import annotations
@@ -56,6 +58,10 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor 
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v must share one of bfloat16, float16 and float32"
     if q.shape[-1] not in SIZES or v.shape[-1] not in SIZES:
         return f"head sizes {q.shape[-1]} and {v.shape[-1]}: both must be one of {', '.join(map(str, SIZES))}"
+    if q.shape[-1] == 256 and q.dtype == torch.float32:
+        return "float32 heads of size 256: their tiles do not fit a processor"
+    if q.shape[-1] == 256 and v.shape[-1] == 32:
+        return "values of size 32 beside keys of size 256: Triton's code for such tiles reads outside shared memory"
     if q.numel() == 0:
         return "no tokens"
     return None
@@ -89,7 +95,7 @@ def forward(
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = call.states(call.docs)
     _walk(plan, call, parts, state, ends, final, o=o)
-    _run(plan)
+    _run(plan, call)
     return o, final
 
 
@@ -121,9 +127,9 @@ def backward(
     dstates, errors = torch.empty_like(states), torch.empty_like(updates)
     dfirst = call.states(call.docs)
     _walk_back(plan, call, parts, grad, grad_state, maps, dfirst, dstates, errors)
-    grads = _chunk_gradients(plan, call, parts, grad, states, dstates, updates, errors)
-    _run(plan)
-    return *grads, None if state is None else dfirst.to(state.dtype)
+    dq, dk, dv, ddecay, dbeta = _chunk_gradients(plan, call, parts, grad, states, dstates, updates, errors)
+    _run(plan, call)
+    return dq, dk, dv, ddecay, dbeta, None if state is None else dfirst.to(state.dtype)
 
 
 # --- the host's side ---------------------------------------------------------------------------------------------------------
@@ -135,31 +141,27 @@ class _Launch(NamedTuple):
     args: tuple
     options: dict
 
-    def variant(self) -> tuple:
-        """What decides, together with strides, which machine code is run."""
-        dtypes = tuple(x.dtype for x in self.args if isinstance(x, Tensor))
-        return (self.kernel, dtypes, *self.options.items())
+
+_compiled: set[tuple] = set()
 
 
-_known: set[tuple] = set()
-
-
-def _run(plan: list[_Launch]) -> None:
+def _run(plan: list[_Launch], call: _Call) -> None:
     """Launch in order. Kernels that are new to this process are compiled side by side first: a cold call waits for the slowest
     of them, not for their sum."""
-    with torch.cuda.device_of(plan[0].args[0]):
-        new = {variant: launch for launch in plan if (variant := launch.variant()) not in _known}
-        if new and plan[0].args[0].is_cuda:
+    kind = (plan[-1].kernel, call.q.dtype, call.decay.dtype, call.beta.dtype, call.split, *plan[0].options.values())
+    with torch.cuda.device_of(call.q):
+        if kind not in _compiled and call.q.is_cuda:
+            new = {(x.kernel, *x.options.items()): x for x in plan}.values()
             with ThreadPoolExecutor(len(new)) as pool, triton.AsyncCompileMode(pool):
-                for kernel, grid, args, options in new.values():
+                for kernel, grid, args, options in new:
                     kernel.warmup(*args, grid=grid, **options)
-            _known.update(new)
+            _compiled.add(kind)
         for kernel, grid, args, options in plan:
             kernel[grid](*args, **options)
 
 
 class _Call(NamedTuple):
-    """The inputs of a call, and how its tokens are cut. `pieces` and `segments` are None where arithmetic finds them."""
+    """The inputs of a call, and how its tokens are cut; tables only for packed documents, else arithmetic finds the pieces."""
 
     q: Tensor
     k: Tensor
@@ -181,6 +183,8 @@ class _Call(NamedTuple):
         batch, length, heads, keys = q.shape
         values = v.shape[-1]
         scale = keys**-0.5 if scale is None else scale
+        if reason := refusal(q, k, v, decay, beta, rule="gated_delta"):
+            raise ValueError(f"linear attention in Triton cannot take {reason}")
         if segment is None:
             programs = heads * (values // _value_block(keys, values, q.dtype))
             segment = _segment_tokens(length, batch, programs, _processors(q.device))
@@ -218,18 +222,22 @@ class _Call(NamedTuple):
 
     def options(self, kind: str, **switches: object) -> dict:
         """What every kernel takes: sizes, and the fixed choice of warps and stages."""
-        return {
-            "K": self.keys,
-            "V": self.values,
-            "VARLEN": self.chunk_table is not None,
-            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
-        } | _launch(kind, self.keys, self.q.dtype) | switches
+        return (
+            {
+                "K": self.keys,
+                "V": self.values,
+                "VARLEN": self.chunk_table is not None,
+                "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
+            }
+            | _launch(kind, self.keys, self.q.dtype)
+            | switches
+        )
 
 
 class _Parts(NamedTuple):
-    """What `_prepare` finds of a chunk and head: T, G / ln 2, the factors of rows of q and k, beta, and the log of the bound of |M|.
+    """What `_prepare` finds of a chunk and head: T, G / ln 2, the factors of rows of q and k, beta, and the log of |M|'s bound.
 
-    All but T in fp32: loads of fewer than 4 bytes are not fetched ahead, and one that is waited for costs as much as two products.
+    All but T in fp32: loads of fewer than 4 bytes are not fetched ahead, and waiting for one costs as much as two products.
     """
 
     solve: Tensor
@@ -263,8 +271,8 @@ def _segment_tokens(length: int, batch: int, programs: int, processors: int) -> 
 
 
 def _value_block(keys: int, values: int, dtype: torch.dtype) -> int:
-    """Columns of S a program holds. 64: S of 128 x 64 in fp32 is 128 registers a thread short of none, and two programs fit a
-    processor. fp32 tiles take twice the room, so half the columns."""
+    """Columns of S a program holds. 64: S [128, 64] takes 64 of a thread's 255 registers, and two programs share a processor.
+    fp32 products are three each and their tiles twice as large: half the columns."""
     return min(values, 32 if dtype == torch.float32 else 64)
 
 
@@ -329,7 +337,7 @@ def _prepare_chunks(plan: list[_Launch], call: _Call) -> _Parts:
     q, k = call.q, call.k
     shape = (call.chunks, call.heads)
     solve = q.new_empty(*shape, CHUNK, CHUNK)
-    vectors = tuple(q.new_empty(*shape, CHUNK, dtype=torch.float32) for _ in range(4))
+    total, rows_q, rows_k, writes = vectors = q.new_empty(4, *shape, CHUNK, dtype=torch.float32).unbind()
     reach = q.new_empty(shape, dtype=torch.float32)
     args = (
         *(q, k, call.decay, call.beta, solve, *vectors, reach, call.chunk_table),
@@ -337,8 +345,8 @@ def _prepare_chunks(plan: list[_Launch], call: _Call) -> _Parts:
         *(q.shape[1], call.heads, call.scale, EPS),
     )
     options = call.options("prepare", L2=call.l2_norm)
-    plan.append(_Launch(_prepare, (call.heads, call.chunks), args, options))
-    return _Parts(solve, *vectors, reach)
+    plan.append(_Launch(_prepare, (call.heads * call.chunks,), args, options))
+    return _Parts(solve, total, rows_q, rows_k, writes, reach)
 
 
 def _segment_ends(
@@ -438,7 +446,7 @@ def _chunk_gradients(
         *(q.shape[1], call.heads, call.scale),
     )
     options = call.options("gradients", L2=call.l2_norm, BV=_gradient_block(call.keys, call.values, call.q.dtype))
-    plan.append(_Launch(_gradients, (call.heads, call.chunks), args, options))
+    plan.append(_Launch(_gradients, (call.heads * call.chunks,), args, options))
     return grads
 
 
@@ -539,7 +547,7 @@ def _prepare(
     PRECISION: tl.constexpr,
 ):
     """One chunk and head: T, G, the factors of rows (norms, and the scale of q) and the log of the bound of |M|."""
-    head, index = tl.program_id(0), tl.program_id(1)
+    head, index = tl.program_id(0) % heads, tl.program_id(0) // heads
     doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
     if doc < 0:
         return
@@ -677,9 +685,8 @@ def _scan(
     s += tl.load(ends + before + cell, mask=found[None, :], other=0.0)
     s += tl.where(channels[:, None] == columns[None, :], tl.where(of_map & whole, 1.0, 0.0), 0.0)
 
-    if (not OUTPUTS) & (find == 0):
-        if chunks > 0:
-            tl.store(states + (chunk.to(tl.int64) * heads + head) * K * V + cell, s.to(dtype))
+    if (not OUTPUTS) & (find == 0) & (chunks > 0):
+        tl.store(states + (chunk.to(tl.int64) * heads + head) * K * V + cell, s.to(dtype))
     for c in range(begin, chunks):
         at = start + c * _C
         valid = rows < stop - at
@@ -799,9 +806,8 @@ def _scan_back(
     ds = tl.load(grad_state + here + cell, mask=given[None, :], other=0.0).to(tl.float32)
     ds += tl.load(begins + after + cell, mask=found[None, :], other=0.0)
 
-    if find == 0:
-        if chunks > 0:
-            tl.store(dstates + ((chunk + chunks - 1).to(tl.int64) * heads + head) * K * V + cell, ds.to(dtype))
+    if (find == 0) & (chunks > 0):
+        tl.store(dstates + ((chunk + chunks - 1).to(tl.int64) * heads + head) * K * V + cell, ds.to(dtype))
     for n in range(0, used):
         c = used - 1 - n
         at = start + c * _C
@@ -956,7 +962,7 @@ def _gradients(
     A norm's backward takes a row's own direction away: with y = r x, dx = r (dy - y (y . dy)). There is one sum [64, K] at a time,
     and each part reads its tiles again: registers are what is short.
     """
-    head, index = tl.program_id(0), tl.program_id(1)
+    head, index = tl.program_id(0) % heads, tl.program_id(0) // heads
     doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
     if doc < 0:
         return

@@ -1,8 +1,8 @@
 """Check and time the Triton kernels of `hydra::linear_attention` on the GPU at hand: `python -m tests.gpu.check_linear_attention`.
 
 Errors are ||x - reference|| / ||reference|| against the reference in float64. Times are medians in milliseconds, of calls and of
-replays of a CUDA graph. `--peers` times flash-linear-attention and FlashQLA beside them, where they are installed; `--cold` measures
-the first call in a fresh process with an empty Triton cache.
+replays of a CUDA graph. `--peers` times flash-linear-attention and FlashQLA beside them, where they are installed; `--cold`
+measures the first call in a fresh process with an empty Triton cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from hydrasurgery.kernels.linear_attention import reference
@@ -35,17 +35,28 @@ CASES = [
     (torch.bfloat16, 1, 520, 2, 64, 128, 0.02, {"segment": 128}),
     (torch.bfloat16, 1, 520, 2, 128, 32, 0.02, {"segment": 128}),
     (torch.bfloat16, 1, 520, 2, 256, 256, 0.02, {"segment": 128}),
+    (torch.bfloat16, 1, 520, 2, 128, 256, 0.02, {"segment": 128}),
+    (torch.bfloat16, 1, 520, 2, 32, 128, 0.02, {"segment": 128}),
+    (torch.bfloat16, 1, 520, 2, 64, 32, 0.02, {"segment": 128}),
     (torch.float16, 1, 2000, 4, 128, 128, 0.02, {"segment": 256}),
     (torch.float16, 1, 520, 2, 256, 64, 0.02, {"segment": 128, "l2_norm": True}),
     (torch.float32, 1, 2000, 4, 128, 128, 0.02, {"segment": 256}),
     (torch.float32, 1, 520, 2, 64, 64, 0.02, {"segment": 128, "l2_norm": True}),
-    (torch.float32, 1, 520, 2, 256, 256, 0.02, {"segment": 128}),
+    (torch.float32, 1, 520, 2, 128, 256, 0.02, {"segment": 128}),
     (torch.float32, 1, 500, 2, 32, 32, 0.02, {"documents": (0, 200, 500)}),
 ]
 
 
-def inputs(dtype, batch, length, heads, keys, values, decay, *, documents=None, l2_norm=False) -> dict[str, Tensor]:
-    """Random q, k, v (k of length 1 unless the kernel normalises), decays with the mean -decay, beta in 0..1 and a first state."""
+def inputs(
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    decay: float,
+    documents: tuple[int, ...] | None = None,
+    l2_norm: bool = False,
+) -> dict[str, Tensor]:
+    """Inputs of `shape` (batch, length, heads, keys, values): random, k of length 1 unless the kernel normalises, decays with the
+    mean -decay, beta in 0..1, and a first state."""
+    batch, length, heads, keys, values = shape
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda")
@@ -68,7 +79,9 @@ def wanted(given: dict[str, Tensor], grad: Tensor, grad_state: Tensor, documents
     """The reference's outputs and gradients in float64, document by document."""
     x = {name: value.double() for name, value in given.items()}
     raw = x["q"], x["k"]
-    scales = [torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6) if l2_norm else torch.ones_like(y[..., :1]) for y in raw]
+    scales = [
+        torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6) if l2_norm else torch.ones_like(y[..., :1]) for y in raw
+    ]
     x["q"], x["k"] = (y * r for y, r in zip(raw, scales, strict=True))
     pieces = []
     cuts = documents or (0, grad.shape[1])
@@ -76,14 +89,14 @@ def wanted(given: dict[str, Tensor], grad: Tensor, grad_state: Tensor, documents
         row = slice(None) if documents is None else slice(n, n + 1)
         state = x["state"][row]
         if start == stop:
-            pieces.append((*(y[:, :0] for y in (grad.double(), *list(x.values())[:5])), state, grad_state.double()[row]))
+            pieces.append(
+                (*(y[:, :0] for y in (grad.double(), *list(x.values())[:5])), state, grad_state.double()[row])
+            )
             continue
         part = [y[:, start:stop] for y in list(x.values())[:5]]
         o, final = reference.forward(*part, state, rule="gated_delta", scale=None)
         do = grad[:, start:stop].double()
-        *grads, first = reference.backward(
-            do, grad_state.double()[row], *part, state, rule="gated_delta", scale=None
-        )
+        *grads, first = reference.backward(do, grad_state.double()[row], *part, state, rule="gated_delta", scale=None)
         pieces.append((o, *grads, final, first))
     o, dq, dk, dv, dg, db = (torch.cat(y, 1) for y in list(zip(*pieces, strict=True))[:6])
     final, first = (torch.cat(y) for y in list(zip(*pieces, strict=True))[6:])
@@ -104,7 +117,7 @@ def check(case) -> bool:
     dtype, *shape, decay, options = case
     torch.manual_seed(1)
     documents, l2_norm = options.get("documents"), options.get("l2_norm", False)
-    given = inputs(dtype, *shape, decay, documents=documents, l2_norm=l2_norm)
+    given = inputs(dtype, shape, decay, documents, l2_norm)
     grad, grad_state = torch.randn_like(given["v"]), torch.randn_like(given["state"])
     call = {name: value for name, value in options.items() if name != "documents"}
     if documents is not None:
@@ -117,7 +130,10 @@ def check(case) -> bool:
     errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True)]
     good = same and all(e < LIMITS[dtype] for e in errors)
     text = " ".join(f"{name} {e:.1e}" for name, e in zip(NAMES, errors, strict=True))
-    print(f"{'ok  ' if good else 'BAD '} {str(dtype)[6:]:8} {shape} {decay} {options}: {text} same bits {same}", flush=True)
+    print(
+        f"{'ok  ' if good else 'BAD '} {str(dtype)[6:]:8} {shape} {decay} {options}: {text} same bits {same}",
+        flush=True,
+    )
     return good
 
 
@@ -146,9 +162,10 @@ def graph_ms(call: Callable[[], object]) -> float:
 
 
 def ours(given: dict[str, Tensor], grad: Tensor, back: bool) -> Callable[[], object]:
+    call = given | {"state": None}
     if not back:
-        return lambda: kernel.forward(**given)
-    return lambda: (kernel.forward(**given), kernel.backward(grad, None, **given))
+        return lambda: kernel.forward(**call)
+    return lambda: (kernel.forward(**call), kernel.backward(grad, None, **call))
 
 
 def peer(function, given: dict[str, Tensor], grad: Tensor, back: bool) -> Callable[[], object]:
@@ -187,8 +204,7 @@ def time_all(lengths: list[int], decays: list[float], others: dict[str, Callable
             if back and length > 65536:
                 continue
             for decay in decays:
-                given = inputs(torch.bfloat16, 1, length, 14, 128, 128, decay)
-                given["state"] = None
+                given = inputs(torch.bfloat16, (1, length, 14, 128, 128), decay)
                 grad = torch.randn_like(given["v"])
                 row = [median_ms(ours(given, grad, back)), graph_ms(ours(given, grad, back))]
                 for name, function in others.items():
@@ -197,11 +213,13 @@ def time_all(lengths: list[int], decays: list[float], others: dict[str, Callable
                     except Exception as error:
                         print(f"{name} failed: {str(error)[:200]}")
                         row.append(float("nan"))
-                print(length, "both" if back else "forward", decay, "|", " | ".join(f"{x:.3f}" for x in row), flush=True)
+                print(
+                    length, "both" if back else "forward", decay, "|", " | ".join(f"{x:.3f}" for x in row), flush=True
+                )
 
 
 def first_call(back: bool) -> None:
-    given = inputs(torch.bfloat16, 1, 4096, 14, 128, 128, 0.1)
+    given = inputs(torch.bfloat16, (1, 4096, 14, 128, 128), 0.1)
     torch.cuda.synchronize()
     start = time.perf_counter()
     ours(given, torch.randn_like(given["v"]), back)()
