@@ -89,6 +89,7 @@ def forward(
         segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
     """
     call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
+    state = _dense(state)
     plan: list[_Launch] = []
     parts = _prepare_chunks(plan, call)
     ends, _ = _segment_ends(plan, call, parts, state)
@@ -117,6 +118,7 @@ def backward(
     """Gradients of q, k, v, decay, beta and state (None without one), each in its input's dtype, from those of o and of the
     final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
     call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
+    state, grad_state = _dense(state), _dense(grad_state)
     plan: list[_Launch] = []
     parts = _prepare_chunks(plan, call)
     ends, maps = _segment_ends(plan, call, parts, state)
@@ -255,6 +257,10 @@ class _Maps(NamedTuple):
     moves: Tensor
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -284,8 +290,8 @@ def _gradient_block(keys: int, values: int, dtype: torch.dtype) -> int:
 def _launch(kind: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
     """The fixed choice of a kernel's stages and registers.
 
-    Always four warps: with more, Triton's wait for one group of Hopper's matrix units lets tiles in use be overwritten, and results
-    change from run to run.
+    Always four warps, one group of Hopper's matrix units: with two groups results were seen to change from run to run (a group's
+    wait covers its own products only, and tiles that the other still reads are overwritten).
     """
     narrow = keys <= 128 and dtype != torch.float32
     if kind == "prepare" and narrow:
