@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from hydrasurgery.kernels.linear_attention import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from hydrasurgery.kernels.linear_attention import reference
 
 pytest.importorskip("triton", reason="triton is not installed: pip install hydrasurgery[kernels]")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import warnings
 
 import pytest
@@ -49,6 +50,12 @@ TABLE = [
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta"), CPU, "reference"),
     ("linear_attention", case(FORWARD, BF16, GDN, "gated"), AMPERE, "reference"),
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "decay by channel"), AMPERE, "reference"),
+    ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "state"), AMPERE, "triton"),
+    ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta"), HOPPER, "triton"),
+    ("linear_attention", case(FORWARD, FP32, (("K", 64), ("V", 256)), "gated_delta"), HOPPER, "triton"),
+    ("linear_attention", case(FORWARD, BF16, (("K", 256), ("V", 256)), "gated_delta"), AMPERE, "triton, wide"),
+    ("linear_attention", case(BACKWARD, FP32, (("K", 256), ("V", 256)), "gated_delta"), HOPPER, "reference"),
+    ("linear_attention", case(FORWARD, BF16, (("K", 96), ("V", 96)), "gated_delta"), AMPERE, "fla"),
     ("causal_conv", case(FORWARD, BF16, (("W", 4),), "state", "reset"), HOPPER, "triton"),
     ("causal_conv", case(BACKWARD, FP64, (("W", 4),)), HOPPER, "reference"),
     ("causal_conv", case(FORWARD, BF16, (("W", 4),)), BARE, "reference"),
@@ -57,6 +64,18 @@ TABLE = [
     ("decode_step", case(DECODE, BF16, (*GDN, ("W", 4))), HOPPER, "triton"),
     ("decode_step", case(DECODE, BF16, (("K", 512), ("V", 128), ("W", 4))), HOPPER, "reference"),
 ]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64])
+@pytest.mark.parametrize("sizes", [*itertools.product((16, 32, 64, 128, 256, 512), repeat=2)])
+def test_the_table_promises_what_the_triton_kernel_takes(dtype, sizes):
+    kernel = pytest.importorskip("hydrasurgery.kernels.linear_attention.triton")
+    q, v = (torch.empty(1, 3, 2, size, dtype=dtype, device="meta") for size in sizes)
+    gate = torch.empty(1, 3, 2, device="meta")
+    call = registry.linear_attention_case(BACKWARD, q, q, v, gate, gate, rule="gated_delta")
+    machine = Machine("cuda", (9, 0), frozenset({("triton", "3.6.0")}))
+    promised = choose("linear_attention", call, machine).implementation.name.startswith("triton")
+    assert promised == (kernel.refusal(q, q, v, gate, gate, rule="gated_delta") is None)
 
 
 @pytest.mark.parametrize(("op", "call", "machine", "wanted"), TABLE)

@@ -75,6 +75,7 @@ def forward(
     beta: Tensor,
     state: Tensor | None,
     *,
+    rule: str = "gated_delta",
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     l2_norm: bool = False,
@@ -88,7 +89,7 @@ def forward(
         l2_norm: take x / sqrt(sum x^2 + 1e-6) for the rows x of q and k.
         segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
     """
-    call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
+    call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
     state = _dense(state)
     plan: list[_Launch] = []
     parts = _prepare_chunks(plan, call)
@@ -110,6 +111,7 @@ def backward(
     beta: Tensor,
     state: Tensor | None,
     *,
+    rule: str = "gated_delta",
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     l2_norm: bool = False,
@@ -117,7 +119,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, decay, beta and state (None without one), each in its input's dtype, from those of o and of the
     final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
-    call = _Call.of(q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment)
+    call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
     state, grad_state = _dense(state), _dense(grad_state)
     plan: list[_Launch] = []
     parts = _prepare_chunks(plan, call)
@@ -181,11 +183,11 @@ class _Call(NamedTuple):
     first_segments: Tensor | None
 
     @classmethod
-    def of(cls, q, k, v, decay, beta, scale, cu_seqlens, l2_norm, segment) -> _Call:
+    def of(cls, q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment) -> _Call:
         batch, length, heads, keys = q.shape
         values = v.shape[-1]
         scale = keys**-0.5 if scale is None else scale
-        if reason := refusal(q, k, v, decay, beta, rule="gated_delta"):
+        if reason := refusal(q, k, v, decay, beta, rule=rule):
             raise ValueError(f"linear attention in Triton cannot take {reason}")
         if segment is None:
             programs = heads * (values // _value_block(keys, values, q.dtype))

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
 from hydrasurgery.kernels.linear_attention import reference
 from hydrasurgery.kernels.linear_attention import triton as kernel
-from torch import Tensor
 
 NAMES = ("o", "state", "dq", "dk", "dv", "ddecay", "dbeta", "dstate")
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
