@@ -171,6 +171,11 @@ def source(region: Region) -> fx.Node:
     return next(n for n in region.graph.nodes if n.op == "placeholder" and n.target == region.source)
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The node's arguments, whose type fx leaves open to all that a graph may hold."""
+    return node.args
+
+
 def hidden_size(region: Region) -> int:
     """Width C of the hidden states that enter the region."""
     return int(source(region).meta["shape"][-1])

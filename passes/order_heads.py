@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from hydrasurgery import ops
-from hydrasurgery.passes.base import Pass, PassResult, register
+from hydrasurgery.passes.base import Pass, PassResult, arguments, register
 from hydrasurgery.passes.prune_projections import is_own_linear, remove_selection, replace_parameters
 from hydrasurgery.regions import ATTENTION, Region
 
@@ -49,7 +49,8 @@ class OrderHeads(Pass):
         nodes = region.find(ATTENTION)
         self.need(region, len(nodes) == 1, "run canonicalize-attention first: one attention node is needed")
         self.need(region, "kind" not in nodes[0].meta, "run it before split-heads")
-        shape = nodes[0].args[3].meta.get("shape") if len(nodes[0].args) > 3 and nodes[0].args[3] is not None else None
+        mask = arguments(nodes[0])[3] if len(nodes[0].args) > 3 else None
+        shape = None if mask is None else mask.meta.get("shape")
         self.need(region, shape is None or shape[1] == 1, "the attention mask differs from head to head")
 
     def run(self, region: Region) -> PassResult:
@@ -60,7 +61,7 @@ class OrderHeads(Pass):
         with graph.inserting_before(node):
             for place, order, dim in ((0, heads, 1), (1, groups, 1), (2, groups, 1), (4, heads, 0)):
                 if len(node.args) > place and node.args[place] is not None:
-                    node.update_arg(place, _select(graph, node.args[place], order, dim))
+                    node.update_arg(place, _select(graph, arguments(node)[place], order, dim))
         back = tuple(heads.index(head) for head in range(region.num_heads))
         with graph.inserting_after(node):
             restored = _select(graph, node, back, 2)
@@ -109,5 +110,5 @@ def _fold_output(region: Region, restored: fx.Node, heads: tuple[int, ...]) -> N
         columns = parameter.unflatten(1, (region.num_heads, -1))
         return ops.select_heads(columns, heads, 1).flatten(1, 2)
 
-    replace_parameters(region, node.target, permute)
+    replace_parameters(region, str(node.target), permute)
     remove_selection(region.graph, restored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -46,7 +46,8 @@ class SelectKernels(Pass):
         machine = machine_of(self.device or like.device)
         dtype = getattr(torch, self.dtype) if self.dtype else like.dtype
         for node in _operators(region):
-            op = OPS[node.target]
+            target: Any = node.target
+            op = OPS[target]
             mode = self.mode if self.mode in IMPLEMENTATIONS[op][0].modes or self.mode == BACKWARD else FORWARD
             case = Case(mode, dtype, self._sizes(region), frozenset(self._features(region, node)))
             node.meta["kernel"] = choose(op, case, machine).implementation.name
@@ -71,7 +72,7 @@ class SelectKernels(Pass):
             if region.value_dim != region.head_dim:
                 yield "a value width of its own"
         if node.target is LINEAR:
-            yield node.kwargs["rule"]
+            yield str(node.kwargs["rule"])
         if node.target is CONV:
             yield "reset"
         if node.target in (LINEAR, CONV) and self.mode == DECODE:
