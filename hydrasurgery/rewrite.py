@@ -22,7 +22,7 @@ def hybrid_pipeline(
     own = "untie-projections,prune-projections," if untie else ""
     return (
         f"canonicalize-attention,split-heads,{own}linearize-heads{{rule={rule},conv={conv}}},"
-        f"fuse-heads{{full_norm={full_norm},gate={gate}}},thread-state"
+        f"fuse-heads{{full_norm={full_norm},gate={gate}}},thread-state,fuse-decode"
     )
 
 

@@ -2,6 +2,7 @@
 
 from hydrasurgery.passes.base import PRESETS, REGISTRY, Pass, PassResult, parse, run_pipeline
 from hydrasurgery.passes.canonicalize_attention import CanonicalizeAttention
+from hydrasurgery.passes.fuse_decode import FuseDecode
 from hydrasurgery.passes.fuse_heads import FuseHeads
 from hydrasurgery.passes.linearize_heads import LinearizeHeads
 from hydrasurgery.passes.order_heads import OrderHeads
@@ -15,6 +16,7 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "CanonicalizeAttention",
+    "FuseDecode",
     "FuseHeads",
     "LinearizeHeads",
     "OrderHeads",

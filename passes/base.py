@@ -77,7 +77,7 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 PRESETS = {
     "analyze": "canonicalize-attention",
-    "hybrid": "canonicalize-attention,split-heads,linearize-heads,fuse-heads,thread-state",
+    "hybrid": "canonicalize-attention,split-heads,linearize-heads,fuse-heads,thread-state,fuse-decode",
 }
 
 
