@@ -48,10 +48,19 @@ def step_linear(
     pasts = [state.states[name] for name in names]
     for past in pasts:
         past.masked_fill_(reset[..., None], 0)
-    one = [x[:, 0] for x in (q, k, v, decay, beta)]
-    pre = None if gate is None else gate[:, 0]
     o = ops.decode_step(
-        *one, pre, gamma, conv_weights=weights, state=state.states["recurrent"], conv_states=pasts, scale=scale, eps=eps
+        q[:, 0],
+        k[:, 0],
+        v[:, 0],
+        decay[:, 0],
+        beta[:, 0],
+        None if gate is None else gate[:, 0],
+        gamma,
+        conv_weights=weights,
+        state=state.states["recurrent"],
+        conv_states=pasts,
+        scale=scale,
+        eps=eps,
     )
     return o[:, None]
 
