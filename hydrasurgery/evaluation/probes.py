@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,7 +67,7 @@ def fact_pairs(
         TokenizerError: no two countries and their capitals have the same counts of tokens.
         DataError: the examples do not fit into `length`.
     """
-    lines = [("The capital of", f" {country}", " is", f" {capital}") for country, capital in _CAPITALS]
+    lines = [("\nThe capital of", f" {country}", " is", f" {capital}") for country, capital in _CAPITALS]
     return _question_pairs(tokenizer, lines, length, count, seed, "facts", text_ids)
 
 
@@ -74,7 +75,7 @@ def sum_pairs(
     tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: Seed, *, text_ids: Tensor | None = None
 ) -> list[Pair]:
     """Arithmetic: "2 + 3 =" with solved sums as examples; the corrupt prompt has another summand. Errors as `fact_pairs`."""
-    lines = [(f"{a} +", f" {b}", " =", f" {a + b}") for a in range(1, 9) for b in range(1, 10 - a)]
+    lines = [(f"\n{a} +", f" {b}", " =", f" {a + b}") for a in range(1, 9) for b in range(1, 10 - a)]
     return _question_pairs(tokenizer, lines, length, count, seed, "sums", text_ids)
 
 
@@ -101,6 +102,7 @@ def make_pairs(
 
 
 Line = tuple[str, str, str, str]  # stem, the part that a corruption changes, the rest of the question, answer
+Coded = tuple[Ids, Ids, Ids, Ids]
 
 
 def _question_pairs(
@@ -114,36 +116,46 @@ def _question_pairs(
 ) -> list[Pair]:
     """Pairs of questions that differ in one part, with solved lines and text in front."""
     rng, text = np.random.default_rng(seed), Text(tokenizer, text_ids)
-    pairs = []
+    coded = [tuple(map(text.encode, line)) for line in lines]
+    end, pairs = text.encode("."), []
     for _ in range(count):
-        order = [lines[i] for i in rng.permutation(len(lines))]
-        asked, other = _matching(text, order)
-        shots = [line for line in order if line not in (asked, other)][:SHOTS]
-        front = text.encode("\n\n" + "".join(f"{''.join(line)}.\n" for line in shots) + asked[0])
-        part, distractor_part = text.encode(asked[1]), text.encode(other[1])
-        rest, answer, distractor = text.encode(asked[2]), text.encode(asked[3]), text.encode(other[3])
-        filler = text.window(length - len(text.prefix + front + part + rest + answer[:-1]), rng, task)
-        before = [*text.prefix, *filler, *front]
-        clean, corrupt = (torch.tensor([*before, *changed, *rest, *answer[:-1]]) for changed in (part, distractor_part))
-        places = torch.arange(length - len(answer), length)
-        changed = (clean != corrupt).nonzero().flatten()
-        ids = (torch.tensor(answer), torch.tensor(distractor))
-        pairs.append(Pair(clean, corrupt, places, *ids, changed, f"{task}@{length}"))
+        order = rng.permutation(len(lines)).tolist()
+        asked, other = _matching(text, coded, order)
+        shots = [part for number in order if number not in (asked, other) for part in (*coded[number], end)]
+        front = [*chain.from_iterable(shots[: 5 * SHOTS]), *coded[asked][0]]
+        rest, answer, distractor = _answers(coded[asked], coded[other])
+        part, changed = coded[asked][1], coded[other][1]
+        filler = text.fill(length, len(text.prefix + front + part + rest + answer[:-1]), rng, task)
+        clean, corrupt = (
+            torch.tensor([*text.prefix, *filler, *front, *words, *rest, *answer[:-1]]) for words in (part, changed)
+        )
+        places, changes = torch.arange(length - len(answer), length), (clean != corrupt).nonzero().flatten()
+        ids = torch.tensor(answer), torch.tensor(distractor)
+        pairs.append(Pair(clean, corrupt, places, *ids, changes, f"{task}@{length}"))
     return pairs
 
 
-def _matching(text: Text, order: Sequence[Line]) -> tuple[Line, Line]:
+def _matching(text: Text, coded: Sequence[Coded], order: Sequence[int]) -> tuple[int, int]:
     """The first two lines that can stand for each other: equal stems, equal token counts, answers that differ throughout."""
-    shape = {line: tuple(len(text.encode(part)) for part in line) for line in order}
-    for number, one in enumerate(order):
-        for other in order[number + 1 :]:
-            same = one[0] == other[0] and shape[one] == shape[other]
-            if same and all(a != b for a, b in zip(text.encode(one[3]), text.encode(other[3]), strict=True)):
-                return one, other
+    for place, one in enumerate(order):
+        for other in order[place + 1 :]:
+            a, b = coded[one], coded[other]
+            if a[0] == b[0] and list(map(len, a)) == list(map(len, b)):
+                _, answer, distractor = _answers(a, b)
+                if answer and all(x != y for x, y in zip(answer, distractor, strict=True)):
+                    return one, other
     raise TokenizerError(
         f"{text.name}: no two of {len(order)} questions have the same token counts and a different answer at every token; "
         "leave this probe out (probes=...)"
     )
+
+
+def _answers(one: Coded, other: Coded) -> tuple[Ids, Ids, Ids]:
+    """The rest of the question and two answers of one token count; first tokens that they share belong to the question."""
+    rest, answer, distractor = one[2], one[3], other[3]
+    while answer and answer[0] == distractor[0]:
+        rest, answer, distractor = [*rest, answer[0]], answer[1:], distractor[1:]
+    return rest, answer, distractor
 
 
 _CAPITALS = [

@@ -303,10 +303,11 @@ class Text:
         """Token ids of `text`, nothing put in front."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def window(self, size: int, rng: np.random.Generator, task: str) -> list[int]:
-        """`size` tokens of the text from a random place; DataError where that is negative."""
-        _check_fit(task, size, size, 0, 1)
-        return _window(self.ids, size, rng).tolist()
+    def fill(self, length: int, used: int, rng: np.random.Generator, task: str) -> list[int]:
+        """The `length - used` tokens that a prompt lacks, from a random place; DataError where `used` is more."""
+        if used > length:
+            raise DataError(f"{task}: the question needs {used} tokens, but the length is {length}; give a greater one")
+        return _window(self.ids, length - used, rng).tolist()
 
 
 def dense_recall(
