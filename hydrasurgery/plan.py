@@ -294,7 +294,7 @@ def plan_heads(
     """
     _check_options(unit, strategy, group_score, budget, min_full_per_layer, tie)
     share = _full_share(ratio)
-    shapes, model = _shapes(source)
+    shapes, model = model_shapes(source)
     groups = [_units(shape, unit) for shape in shapes]
     forced = _named_units("keep", keep := tuple(sorted(set(keep))), shapes, groups)
     banned = _named_units("never", never := tuple(sorted(set(never))), shapes, groups)
@@ -508,7 +508,7 @@ def _kinds(num_heads: int, full: list[range]) -> tuple[str, ...]:
     return tuple(FULL if head in heads else LINEAR for head in range(num_heads))
 
 
-def _shapes(source: Any) -> tuple[list[LayerPlan], ModelInfo]:
+def model_shapes(source: Any) -> tuple[list[LayerPlan], ModelInfo]:
     """The layers of scores, a model or regions, every head full."""
     if isinstance(source, nn.Module):
         from hydrasurgery.regions import capture

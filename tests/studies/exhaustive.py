@@ -21,6 +21,7 @@ from hydrasurgery.demo.corpus import build_tokenizer
 from hydrasurgery.demo.teacher import Phase, Recipe, load_teacher, save_teacher, train
 from hydrasurgery.evaluation import needle_pairs
 from hydrasurgery.plan import plan_heads
+from hydrasurgery.regions import capture
 from hydrasurgery.selection import METHODS, score_heads
 from hydrasurgery.selection.compare import spearman
 from hydrasurgery.selection.swap import swap_check
@@ -49,7 +50,8 @@ def main() -> None:
     held_out = needle_pairs(tokenizer, LENGTH, options.pairs, 1, num_keys=KEYS)
     heads = [(layer, head) for layer in range(RECIPE.layers) for head in range(RECIPE.heads)]
     subsets = [set(s) for size in range(LARGEST + 1) for s in combinations(heads, size)]
-    plans = {str(i): plan_heads(model, strategy="all-linear", keep=kept) for i, kept in enumerate(subsets)}
+    regions = capture(model)
+    plans = {str(i): plan_heads(regions, strategy="all-linear", keep=kept) for i, kept in enumerate(subsets)}
     found = list(swap_check(model, plans, held_out, batch_size=16, rows=48).values())
     lead = np.array([check.lead for check in found])
     worth = np.array(
