@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from hydrasurgery.calibration import LastAttention, watch_taps
-from hydrasurgery.errors import ProbeError
+from hydrasurgery.errors import PlanError, ProbeError
 from hydrasurgery.plan import plan_heads
 from hydrasurgery.regions import head_taps
 from hydrasurgery.rewrite import rewrite
-from hydrasurgery.selection import METHODS, score_heads
+from hydrasurgery.selection import METHODS, fuse_scores, score_heads, swap_check
 from hydrasurgery.selection.attention import attention_at
 from hydrasurgery.selection.bench import open_bench, readout
 from hydrasurgery.selection.scorers import CAUSAL, SCORERS
@@ -314,3 +314,42 @@ def test_batches_of_pairs_and_rows_change_nothing(method):
     pairs = planted_pairs(model, 3)
     one, many = (measured(model, pairs, method, batch_size=size, rows=rows)[0] for size, rows in ((1, 2), (3, 64)))
     torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_plans_are_checked_as_the_hybrids_they_stand_for():
+    model = tiny_model()
+    pairs = answered_pairs(model, 2)
+    plans = {
+        "none": plan_heads(model, strategy="all-full"),
+        "some": plan_heads(model, ratio="1:1", strategy="random"),
+        "all": plan_heads(model, strategy="all-linear"),
+    }
+    found = swap_check(model, plans, pairs, rows=2)
+    assert found["none"].accuracy == 1
+    assert found["none"].lead == pytest.approx(1, abs=1e-5)
+    assert found["none"].divergence == pytest.approx(0, abs=1e-6)
+    ids = torch.stack([pair.clean_ids for pair in pairs])
+    for name in ("some", "all"):
+        hybrid = rewrite(model, plans[name])
+        calibrate(hybrid, model, ids)
+        right, lead = [], []
+        for pair in pairs:
+            clean, z = (m.eval()(pair.clean_ids[None]).logits[0, pair.answer_positions] for m in (model, hybrid))
+            right.append(float(torch.equal(z.argmax(-1), pair.answer_ids)))
+            lead.append(float(readout(z, pair) / readout(clean, pair)))
+        assert found[name].accuracy == sum(right) / 2
+        assert found[name].lead == pytest.approx(sum(lead) / 2, abs=1e-3)
+    with pytest.raises(PlanError, match="another architecture"):
+        swap_check(tiny_model(layers=2), plans, answered_pairs(tiny_model(layers=2), 1))
+
+
+def test_the_same_seed_gives_the_same_plan_file_byte_for_byte(tmp_path):
+    files = []
+    for number in range(2):
+        model = Planted(0)
+        scores = score_heads(model, pairs=planted_pairs(model), method="path-patching", seed=3, progress=False)
+        fused = fuse_scores({"planted": scores}, seed=3)
+        plan = plan_heads(fused, ratio="3:1", unit="kv-group", seed=3)
+        files.append([x.save(tmp_path / f"{number}{i}.json").read_bytes() for i, x in enumerate((scores, fused, plan))])
+    assert files[0] == files[1]

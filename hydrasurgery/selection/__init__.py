@@ -6,7 +6,7 @@ from hydrasurgery.selection.formats import read_scores, write_scores
 from hydrasurgery.selection.fusion import confidence, fuse_scores, split_half
 from hydrasurgery.selection.scorers import METHODS
 from hydrasurgery.selection.scores import HeadScores, LayerScores
-from hydrasurgery.selection.scoring import score_heads
+from hydrasurgery.selection.scoring import probe_pairs, score_heads
 from hydrasurgery.selection.swap import swap_check
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "compare",
     "confidence",
     "fuse_scores",
+    "probe_pairs",
     "read_scores",
     "score_heads",
     "split_half",

@@ -122,15 +122,20 @@ class HeadScores:
             raise DataError(f"{os.fspath(path)}: cannot be read as scores ({error}). Check the path.") from error
         return cls.from_json(text, source=os.fspath(path))
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw layers x heads as a heat map (PNG), the reconstruction error beside it where it was measured.
+    def plot(self, path: str | os.PathLike[str], kind: str = "map") -> Path:
+        """Draw the scores (PNG).
+
+        Args:
+            kind: "map" (layers x heads, reconstruction error beside it where it was measured), "groups" (layers x KV
+                heads), "histogram", or "coverage" (share of the importance that the top heads hold).
 
         Raises:
             ImportError: matplotlib is missing; the message names the extra.
+            DataError: another kind.
         """
-        from hydrasurgery.selection.plots import draw_scores
+        from hydrasurgery.selection.plots import draw
 
-        return draw_scores(self, path)
+        return draw(self, path, kind)
 
     def __str__(self) -> str:
         critical = sum(value > CRITICAL for layer in self.layers for value in layer.importance)

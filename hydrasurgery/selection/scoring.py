@@ -72,7 +72,7 @@ def score_heads(
     if method not in METHODS:
         raise ProbeError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     if pairs is None:
-        pairs = _pairs(model, tokenizer, probes, length, count, seed)
+        pairs = probe_pairs(model, tokenizer, probes=probes, length=length, count=count, seed=seed)
     if not pairs:
         raise ProbeError(
             f"there is no pair to score {type(model).__name__} on; give count=... or pairs=... of at least 1."
@@ -98,14 +98,16 @@ def score_heads(
     )
 
 
-def _pairs(
+def probe_pairs(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    probes: Sequence[str],
-    length: int | Sequence[int] | None,
-    count: int,
-    seed: int,
+    *,
+    probes: Sequence[str] = RETRIEVAL,
+    length: int | Sequence[int] | None = None,
+    count: int = 12,
+    seed: int = 0,
 ) -> list[Pair]:
+    """The pairs that `score_heads` makes of the same arguments, for a model's limit of positions; errors as there."""
     if tokenizer is None:
         raise ProbeError("score_heads needs a tokenizer to write its probes, or pairs=... of your own.")
     unknown = [name for name in probes if name not in PROBES]
