@@ -353,3 +353,17 @@ def test_the_same_seed_gives_the_same_plan_file_byte_for_byte(tmp_path):
         plan = plan_heads(fused, ratio="3:1", unit="kv-group", seed=3)
         files.append([x.save(tmp_path / f"{number}{i}.json").read_bytes() for i, x in enumerate((scores, fused, plan))])
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox", "opt", "cohere", "phi", "mixtral"])
+def test_layers_in_front_of_a_change_are_run_once(family):
+    """A batch that grows at the changed layer gives what whole batches give, on decoders that pass states differently."""
+    model = tiny(family)
+    pair = answered_pairs(model, 1, vocabulary=90)[0]
+    with open_bench(model, [pair]) as bench:
+        assert bench.grows
+        grown = SCORERS["activation-patching-unfrozen"](bench)
+        bench.grows = False
+        whole = SCORERS["activation-patching-unfrozen"](bench)
+    for name, values in whole.items():
+        torch.testing.assert_close(grown[name], values, atol=1e-4, rtol=1e-3)

@@ -47,14 +47,14 @@ def logits_of(model, ids):
 
 
 @torch.no_grad()
-def answered_pairs(model, count=3, seed=0, length=LENGTH):
+def answered_pairs(model, count=3, seed=0, length=LENGTH, vocabulary=VOCABULARY):
     """Pairs that the model answers by construction: its guess against the token that the corruption favours."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     while len(pairs) < count:
-        clean = torch.randint(VOCABULARY, (length,), generator=generator)
+        clean = torch.randint(vocabulary, (length,), generator=generator)
         corrupt, stated = clean.clone(), torch.tensor([3, 4])
-        corrupt[stated] = (clean[stated] + torch.randint(1, VOCABULARY, (2,), generator=generator)) % VOCABULARY
+        corrupt[stated] = (clean[stated] + torch.randint(1, vocabulary, (2,), generator=generator)) % vocabulary
         asked = torch.tensor([length - 3, length - 1])
         z, other = logits_of(model, torch.stack([clean, corrupt]))[:, asked]
         answer = z.argmax(-1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hydrasurgery.calibration import LastAttention, LinearFit, fit_linear_heads, run_model, watch_taps
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.regions import Region, capture, head_taps
+from hydrasurgery.regions import Region, head_taps, regions
 
 DISCOUNT = 0.9
 FIT_TOKENS, FIT_SEQUENCES = 2048, 4  # what the linear stand-ins are fitted on
@@ -104,6 +104,20 @@ class Bench:
         return False
 
     @cached_property
+    def grows(self) -> bool:
+        """Whether a batch may grow at a later layer: tried on the last one, and the logits compared."""
+        last = list(self.taps)[-1]
+        if not _block(self.model, last):
+            return False
+        run = self._observe(self.pairs[:1], whole=True)[0]
+        try:
+            logits = self.replay(run, 2, lambda _name, output: output, first=last)
+        except (RuntimeError, TypeError, ValueError, KeyError):  # a layer that is told its batch in another way
+            return False
+        tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
+        return len(logits) == 2 and bool((logits - run.clean_logits).abs().max() <= tolerance)
+
+    @cached_property
     def fits(self) -> dict[str, LinearFit]:
         """The best linear stand-in of every head, by layer, fitted on a few clean prompts."""
         found: dict[str, LinearFit] = {}
@@ -169,15 +183,22 @@ class Bench:
         size = self.rows if len(run.positions) == len(run.asked) else min(self.rows, self.batch_size)
         for start in range(0, len(heads), size):
             batch = heads[start : start + size]
-            yield batch, self.replay(run, 1 + len(batch), changed(run, batch, change, live=live))
+            first = batch[0][0] if live and self.grows else None
+            yield batch, self.replay(run, 1 + len(batch), changed(run, batch, change, live=live), first=first)
 
-    def replay(self, run: Run, count: int, edit: Edit) -> Tensor:
-        """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`."""
+    def replay(self, run: Run, count: int, edit: Edit, *, first: str | None = None) -> Tensor:
+        """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`.
+
+        With `first`, the layers in front of that one, which the copies have in common, are run once.
+        """
         with ExitStack() as stack:
+            if first is not None:
+                grow = self.model.get_submodule(_block(self.model, first))
+                stack.callback(grow.register_forward_pre_hook(_copies(count), with_kwargs=True).remove)
             for name, tap in self.taps.items():
                 hook = lambda _tap, _args, output, name=name: edit(name, output)  # noqa: E731
                 stack.callback(tap.register_forward_hook(hook).remove)
-            ids, places = (x.expand(count, -1) for x in (run.ids[run.positions], run.positions))
+            ids, places = (x.expand(1 if first else count, -1) for x in (run.ids[run.positions], run.positions))
             return _logits(self.model, ids, run.asked, position_ids=places)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -227,9 +248,8 @@ def open_bench(
     advance: Advance = lambda done, more: None,
 ) -> Iterator[Bench]:
     """For the time of the block `model` has taps on its heads and is in evaluation mode, without gradients."""
-    regions = capture(model)
     with torch.no_grad(), _evaluating(model), head_taps(model) as taps:
-        yield Bench(model, regions, taps, pairs, batch_size=batch_size, rows=rows, seed=seed, advance=advance)
+        yield Bench(model, regions(model), taps, pairs, batch_size=batch_size, rows=rows, seed=seed, advance=advance)
 
 
 def frozen(run: Run, count: int) -> Edit:
@@ -298,6 +318,28 @@ def divergence(logits: Tensor, _pair: Pair) -> Tensor:
     """KL(row 0 || row r) in nats, the mean over the answer's positions: logits [1 + N, A, V] -> [N]."""
     own = logits.float().log_softmax(-1)
     return (own[:1].exp() * (own[:1] - own[1:])).sum(-1).mean(-1)
+
+
+def _block(model: nn.Module, layer: str) -> str:
+    """The path of the decoder layer that holds an attention module: the first item of a list on its way; or ""."""
+    steps = layer.split(".")
+    for depth in range(1, len(steps)):
+        if isinstance(model.get_submodule(".".join(steps[:depth])), nn.ModuleList):
+            return ".".join(steps[: depth + 1])
+    return ""
+
+
+def _copies(count: int) -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
+    """A pre-hook that gives a decoder layer `count` copies of its hidden states [1, T, C]; the rest broadcasts."""
+
+    def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple:  # type: ignore[type-arg]
+        if args and isinstance(args[0], Tensor):
+            return (args[0].expand(count, -1, -1), *args[1:]), kwargs
+        states = kwargs["hidden_states"]
+        assert isinstance(states, Tensor)
+        return args, {**kwargs, "hidden_states": states.expand(count, -1, -1)}
+
+    return hook
 
 
 def top_heads(values: Mapping[str, Tensor], share: float) -> list[Head]:

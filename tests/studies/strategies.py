@@ -1,6 +1,6 @@
 """Strategies of choosing heads on the shipped teacher, before any training: the table of docs/selection.md.
 
-`python -m tests.studies.strategies` scores the teacher's heads by path patching, makes a plan by each strategy, and
+`python -m tests.studies.strategies` scores the teacher's heads (by path patching), makes a plan by each strategy, and
 measures each with the swap check: all linear heads replaced by their calibrated stand-ins, nothing trained.
 """
 
@@ -36,8 +36,9 @@ def plans(scores, regions, ratio: str) -> dict[str, list[Plan]]:
         ],
         "spaced layers": [plan_heads(regions, ratio=ratio, strategy="layerwise")],
     }
-    for number in range(len(full.layers)):
-        made[f"layer {number} alone"] = [only(full, number)]
+    for number, layer in enumerate(full.layers):
+        if layer.num_heads == made["global"][0].num_full:
+            made[f"layer {number} alone"] = [only(full, number)]
     return {**made, "all linear": [plan_heads(regions, strategy="all-linear")]}
 
 
@@ -53,11 +54,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--ratios", default="7:1,3:1,1:1")
+    parser.add_argument("--method", default="path-patching")
     options = parser.parse_args()
     model, tokenizer = load_teacher()
     regions = capture(model)
     probes, held_out = (make_pairs(tokenizer, PROBES, (options.length,), options.pairs, seed) for seed in (0, 1))
-    scores = score_heads(model, pairs=probes, method="path-patching", batch_size=16, progress=False)
+    scores = score_heads(model, pairs=probes, method=options.method, batch_size=16, progress=False)
     critical = sum(value > 0.01 for layer in scores.layers for value in layer.importance)
     print(f"{critical} of 128 heads above 0.01, split-half correlation {split_half(scores):.3f}, {scores.pairs} pairs")
     for ratio in options.ratios.split(","):
