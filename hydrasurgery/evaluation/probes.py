@@ -102,7 +102,7 @@ def make_pairs(
 
 
 Line = tuple[str, str, str, str]  # stem, the part that a corruption changes, the rest of the question, answer
-Coded = tuple[Ids, Ids, Ids, Ids]
+Coded = tuple[Ids, ...]  # the same in ids
 
 
 def _question_pairs(

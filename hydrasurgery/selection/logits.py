@@ -85,8 +85,8 @@ def _slope(bench: Bench, pair: Pair, run: Run) -> Tensor:
         tail, given = [calls[-2][0], unembed], calls[-2][1]
     with torch.enable_grad():
         start = value = _at(given, given, run).detach().clone().requires_grad_()
-        for module in tail:
-            value = module(value)
+        for step in tail:
+            value = step(value)
         (slope,) = torch.autograd.grad(readout(value[0], pair), start)
     return slope[0].float()
 

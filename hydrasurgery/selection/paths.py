@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def sender_patching(bench: Bench) -> dict[str, Tensor]:
 def _converge(bench: Bench, receiver: dict[str, Tensor]) -> dict[str, Tensor]:
     chosen, found = _critical(receiver), {name: torch.zeros_like(values) for name, values in receiver.items()}
     while any(chosen.values()):
-        found = bench.measure(lambda pair, run, now=chosen: _send(bench, pair, run, now), whole=True)
+        found = bench.measure(partial(_send, bench, chosen), whole=True)
         grown = {name: sorted({*chosen[name], *heads}) for name, heads in _critical(found).items()}
         if grown == chosen:
             break
@@ -45,7 +47,7 @@ def _critical(values: dict[str, Tensor]) -> Chosen:
     return {name: (rows.mean(0) > CRITICAL).nonzero().flatten().tolist() for name, rows in values.items()}
 
 
-def _send(bench: Bench, pair: Pair, run: Run, chosen: Chosen) -> dict[str, Tensor]:
+def _send(bench: Bench, chosen: Chosen, pair: Pair, run: Run) -> dict[str, Tensor]:
     """Sender scores of one pair, layer name -> [H]; heads with no chosen one behind them score 0."""
     layers = list(bench.taps)
     last = max(number for number, name in enumerate(layers) if chosen[name])

@@ -126,7 +126,8 @@ def probe_pairs(
 
 def _layer(region: Any, fit: LinearFit, values: Tensor | None) -> LayerScores:
     shape, error = layer_shape(region), tuple(fit.error.tolist())
-    importance, spread, samples = error, (0.0,) * len(error), ()
+    samples: tuple[tuple[float, ...], ...] = ()
+    importance, spread = error, (0.0,) * len(error)
     if values is not None:
         rows = values.double()
         importance, spread = tuple(rows.mean(0).tolist()), tuple(rows.std(0, correction=0).tolist())

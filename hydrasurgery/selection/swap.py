@@ -5,7 +5,7 @@ This is the confirming measurement: it asks for sensitivity to conversion, which
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,22 +20,22 @@ from hydrasurgery.selection.bench import Bench, Edit, Run, divergence, effects, 
 
 def swap(bench: Bench) -> dict[str, Tensor]:
     """Share of the corruption's effect on the readout that is lost by the stand-in, other heads running, [P, H]."""
-    return _swap(bench)
+    return _swap(bench, None)
 
 
 def swap_divergence(bench: Bench) -> dict[str, Tensor]:
     """KL(clean || swapped) of the answer's tokens in nats, [P, H]; it sees harm that leaves the readout's lead alone."""
-    return _swap(bench, lost=divergence)
+    return _swap(bench, divergence)
 
 
-def _swap(bench: Bench, **options) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+def _swap(bench: Bench, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[str, Tensor]:
     fits = bench.fits
     with LastAttention() as last:
 
         def change(name: str, rows: list[int], heads: list[int]) -> Tensor:
             return stand_in(last, fits[name], rows, heads)
 
-        return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True, **options), whole=True)
+        return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True, lost=lost), whole=True)
 
 
 def stand_in(last: LastAttention, fit: LinearFit, rows: list[int], heads: list[int]) -> Tensor:
