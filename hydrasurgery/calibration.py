@@ -156,6 +156,28 @@ def watch_taps(taps: dict[str, nn.Identity], visit: Callable[[str, LastAttention
                 handle.remove()
 
 
+class BehindPast(TorchDispatchMode):
+    """Runs a prompt's later tokens behind recorded keys and values, as one forward's attentions in order.
+
+    `past` has k [1, Hk, P, K], v [1, Hk, P, V] and the later tokens' rows of the mask (or None) of each attention.
+    """
+
+    def __init__(self, past: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        super().__init__()
+        self.past = iter(past)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ATTENTION:
+            q, k, v, _, sinks = (*args, None, None)[:5]
+            before_k, before_v, mask = next(self.past)
+            k, v = (
+                torch.cat([before.expand(len(now), -1, -1, -1), now], 2)
+                for before, now in ((before_k, k), (before_v, v))
+            )
+            args = q, k, v, mask, sinks
+        return func(*args, **(kwargs or {}))
+
+
 class LastAttention(TorchDispatchMode):
     """Remembers what the latest `hydra::attention` was called with; a layer's tap runs right behind it.
 

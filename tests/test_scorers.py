@@ -356,14 +356,15 @@ def test_the_same_seed_gives_the_same_plan_file_byte_for_byte(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox", "opt", "cohere", "phi", "mixtral"])
-def test_layers_in_front_of_a_change_are_run_once(family):
-    """A batch that grows at the changed layer gives what whole batches give, on decoders that pass states differently."""
+def test_what_is_in_front_of_a_change_is_run_once(family):
+    """A batch that grows at the changed layer, behind recorded keys, gives what whole batches give."""
     model = tiny(family)
     pair = answered_pairs(model, 1, vocabulary=90)[0]
     with open_bench(model, [pair]) as bench:
         assert bench.grows
+        assert bench.resumes
         grown = SCORERS["activation-patching-unfrozen"](bench)
-        bench.grows = False
+        bench.grows = bench.resumes = False
         whole = SCORERS["activation-patching-unfrozen"](bench)
     for name, values in whole.items():
         torch.testing.assert_close(grown[name], values, atol=1e-4, rtol=1e-3)

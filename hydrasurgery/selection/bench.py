@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.calibration import LastAttention, LinearFit, fit_linear_heads, run_model, watch_taps
+from hydrasurgery.calibration import BehindPast, LastAttention, LinearFit, fit_linear_heads, run_model, watch_taps
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.regions import Region, head_taps, regions
@@ -42,7 +42,8 @@ class Run:
     """What a pair's clean and corrupt run leave behind at `positions`, the tokens a replay runs on.
 
     `clean` and `corrupt` are head outputs by layer, [P, H, D]; the logits are [A, vocabulary]; `asked` [A] are the
-    places of the answer in `positions`.
+    places of the answer in `positions`. `past` are keys, values and mask rows of each attention, of the tokens in front
+    of `positions` (see `BehindPast`); empty where a replay needs none.
     """
 
     ids: Tensor
@@ -52,6 +53,7 @@ class Run:
     corrupt_logits: Tensor
     clean: dict[str, Tensor] = field(default_factory=dict)
     corrupt: dict[str, Tensor] = field(default_factory=dict)
+    past: tuple[tuple[Tensor, Tensor, Tensor | None], ...] = ()
 
     def at_answer(self) -> Run:
         """A run of whole prompts narrowed to the tokens that predict the answer."""
@@ -198,8 +200,43 @@ class Bench:
             for name, tap in self.taps.items():
                 hook = lambda _tap, _args, output, name=name: edit(name, output)  # noqa: E731
                 stack.callback(tap.register_forward_hook(hook).remove)
+            if run.past:
+                stack.enter_context(BehindPast(run.past))
             ids, places = (x.expand(1 if first else count, -1) for x in (run.ids[run.positions], run.positions))
             return _logits(self.model, ids, run.asked, position_ids=places)
+
+    @cached_property
+    def resumes(self) -> bool:
+        """Whether a live replay may start behind recorded keys and values: tried on a pair, and the logits compared."""
+        run = self._observe(self.pairs[:1], whole=True)[0]
+        later = self._resumed(self.pairs[0], run)
+        try:
+            logits = self.replay(later, 1, lambda _name, output: output)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
+        return bool((logits[0] - run.clean_logits).abs().max() <= tolerance)
+
+    def from_change(self, pair: Pair, run: Run) -> Run:
+        """The run of a whole prompt from the pair's first changed token on: nothing in front of it can change."""
+        return self._resumed(pair, run) if self.resumes else run
+
+    def _resumed(self, pair: Pair, run: Run) -> Run:
+        changes = (pair.clean_ids != pair.corrupt_ids).nonzero().flatten().tolist()
+        start = changes[0] if changes else 0
+        if not start:
+            return run
+        past: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+        def visit(_name: str, last: LastAttention, _output: Tensor) -> None:
+            mask = None if last.mask is None else last.mask[:, :, start:]
+            past.append((last.k[:, :, :start], last.v[:, :, :start], mask))
+
+        with watch_taps(self.taps, visit):
+            self.forward(run.ids[None])
+        clean, corrupt = ({n: x[start:] for n, x in outputs.items()} for outputs in (run.clean, run.corrupt))
+        places = run.positions[start:], run.asked - start
+        return Run(run.ids, *places, run.clean_logits, run.corrupt_logits, clean, corrupt, tuple(past))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, 1, vocabulary] behind prompts [B, T], taps running."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.selection.bench import Bench, Change, Run, effects
 
 
@@ -18,8 +19,16 @@ def activation_patching(bench: Bench) -> dict[str, Tensor]:
 
 
 def unfrozen_patching(bench: Bench) -> dict[str, Tensor]:
-    """The same with later attention running: every path from the head to the answer counts, [P, H]; whole prompts."""
-    return bench.measure(lambda pair, run: effects(bench, pair, run, corrupt_output(run), live=True), whole=True)
+    """The same with later attention running: every path from the head to the answer counts, [P, H].
+
+    Replayed from the first changed token on, behind the clean run's keys and values.
+    """
+
+    def score(pair: Pair, run: Run) -> dict[str, Tensor]:
+        run = bench.from_change(pair, run)
+        return effects(bench, pair, run, corrupt_output(run), live=True)
+
+    return bench.measure(score, whole=True)
 
 
 def corrupt_output(run: Run) -> Change:
