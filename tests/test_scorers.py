@@ -37,7 +37,8 @@ def check_found(rank):
 
 @pytest.mark.parametrize("method", [m for m in (*CAUSAL, "logit-contribution", "retrieval") if m != "sender-patching"])
 def test_the_planted_head_is_first(method):
-    check_found(lambda model, pairs: ranking(model, pairs, method))
+    count = 2 if method == "gates" else 6  # forty steps a pair
+    check_found(lambda model, pairs: ranking(model, pairs[:count], method))
 
 
 def test_noise_is_found_out():
