@@ -132,6 +132,9 @@ def plan(
     ] = "constrained",
     min_full: Annotated[int, typer.Option("--min-full", min=0, help="Full units that a layer has at least.")] = 1,
     group_score: Annotated[str, typer.Option(help="A KV group's score: max, mean or sum of its heads'.")] = "max",
+    tie: Annotated[
+        float, typer.Option(min=0, help="Scores this near are equal; finer for small ones (swap-kl).")
+    ] = 1e-3,
     budget: Annotated[str, typer.Option(help="What the ratio counts: heads, kv-bytes or flops.")] = "heads",
     seed: Seed = 0,
     keep: Annotated[list[str] | None, typer.Option(metavar="L:H", help="A layer's head that stays full.")] = None,
@@ -162,6 +165,7 @@ def plan(
         length=length,
         seed=seed,
         group_score=group_score,
+        tie=tie,
     )
     made.save(out)
     typer.echo(f"{made}\n\n{forecast(made, length=length)}")

@@ -286,7 +286,8 @@ def plan_heads(
         length: Tokens that bytes and FLOPs are counted at.
         seed: Of random and fixed.
         group_score: "max", "mean" or "sum" of the heads' scores in a KV group.
-        tie: Resolution of the scores, in the scores' own unit (1 is the whole effect of an answer).
+        tie: Resolution of the scores, in the scores' own unit (1 is the whole effect of an answer; `swap-kl` scores are
+            nats and far smaller, so give 0 or their resolution).
 
     Raises:
         PlanError: an unknown option, a keep or never entry that is no head, a head that is both, a floor above a

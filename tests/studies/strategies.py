@@ -21,15 +21,15 @@ from hydrasurgery.selection import score_heads, split_half, swap_check
 PROBES, SEEDS = ("needle-1", "needle-4"), range(5)
 
 
-def plans(scores, regions, ratio: str) -> dict[str, list[Plan]]:
+def plans(scores, regions, ratio: str, tie: float) -> dict[str, list[Plan]]:
     """Strategy -> its plans, several where chance is in it."""
     full = plan_heads(regions, strategy="all-full")
     made = {
-        "global": [plan_heads(scores, ratio=ratio, strategy="global")],
-        "constrained": [plan_heads(scores, ratio=ratio)],
-        "KV group, global": [plan_heads(scores, ratio=ratio, strategy="global", unit="kv-group")],
-        "KV group, constrained": [plan_heads(scores, ratio=ratio, unit="kv-group")],
-        "per layer": [plan_heads(scores, ratio=ratio, strategy="per-layer")],
+        "global": [plan_heads(scores, ratio=ratio, tie=tie, strategy="global")],
+        "constrained": [plan_heads(scores, ratio=ratio, tie=tie)],
+        "KV group, global": [plan_heads(scores, ratio=ratio, tie=tie, strategy="global", unit="kv-group")],
+        "KV group, constrained": [plan_heads(scores, ratio=ratio, tie=tie, unit="kv-group")],
+        "per layer": [plan_heads(scores, ratio=ratio, tie=tie, strategy="per-layer")],
         "random, constrained": [plan_heads(regions, ratio=ratio, strategy="random", seed=s) for s in SEEDS],
         "random, free": [
             plan_heads(regions, ratio=ratio, strategy="random", seed=s, min_full_per_layer=0) for s in SEEDS
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--ratios", default="7:1,3:1,1:1")
     parser.add_argument("--method", default="path-patching")
+    parser.add_argument("--tie", type=float, default=1e-3, help="plan_heads' tie; finer for scores that are small")
     options = parser.parse_args()
     model, tokenizer = load_teacher()
     regions = capture(model)
@@ -63,7 +64,7 @@ def main() -> None:
     critical = sum(value > 0.01 for layer in scores.layers for value in layer.importance)
     print(f"{critical} of 128 heads above 0.01, split-half correlation {split_half(scores):.3f}, {scores.pairs} pairs")
     for ratio in options.ratios.split(","):
-        made = plans(scores, regions, ratio)
+        made = plans(scores, regions, ratio, options.tie)
         flat = {f"{name}/{i}": plan for name, group in made.items() for i, plan in enumerate(group)}
         found = swap_check(model, flat, held_out, batch_size=4, rows=8)
         print(
