@@ -74,11 +74,9 @@ def fit_linear_heads(
     grid = list(product(half_lives if gated else (math.inf,), betas if writes else (1.0,)))
     power = _per_head(o, o)
     gammas, errors = [], []
-    for half_life, beta in grid:
-        constant = q.new_ones(q.shape[:3])
-        decay = constant * (-math.log(2) / half_life) if gated else None
-        out, _ = torch.ops.hydra.linear_attention(q, k, v, decay, constant * beta if writes else None, None, rule=rule)
-        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps)
+    for setting in grid:
+        half_life, beta = (q.new_tensor(value) for value in setting)
+        out = linear_head(q, k, v, half_life, beta, rule=rule, eps=eps)
         gamma = _per_head(o, out) / _per_head(out, out).clamp_min(torch.finfo(out.dtype).tiny)
         gammas.append(gamma)
         residual = o - gamma[:, None] * out
@@ -87,6 +85,23 @@ def fit_linear_heads(
     settings = torch.tensor(grid, dtype=torch.float, device=q.device)[best]
     gamma = torch.stack(gammas).gather(0, best[None])[0]
     return LinearFit(settings[:, 0], settings[:, 1], gamma, error)
+
+
+def linear_head(
+    q: Tensor, k: Tensor, v: Tensor, half_life: Tensor, beta: Tensor, *, rule: str = "gated_delta", eps: float = 1e-6
+) -> Tensor:
+    """o^ = RMSNorm(linear_attention(q, k, v)) with constant gates, [B, T, H, V].
+
+    Args:
+        q, k, v: [B, T, H, K], [B, T, H, K], [B, T, H, V] in fp32, q and k L2-normalised.
+        half_life, beta: one for all heads, or [H]; what `rule` does not have is ignored.
+    """
+    constant = q.new_ones(q.shape[:3])
+    decay = constant * (-math.log(2) / half_life) if "gated" in rule else None
+    out, _ = torch.ops.hydra.linear_attention(
+        q, k, v, decay, constant * beta if "delta" in rule else None, None, rule=rule
+    )
+    return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps)
 
 
 def _per_head(a: Tensor, b: Tensor) -> Tensor:
@@ -122,9 +137,16 @@ def watch_heads(model: nn.Module, visit: Visit) -> Iterator[None]:
 
     q [B, H, T, K], k and v [B, Hk, T, K or V] as the attention op got them (rotated), o [B, T, H, V].
     """
-    with head_taps(model) as taps, _LastAttention() as last:
+    with head_taps(model) as taps, watch_taps(taps, lambda name, last, out: visit(name, last.q, last.k, last.v, out)):
+        yield
+
+
+@contextmanager
+def watch_taps(taps: dict[str, nn.Identity], visit: Callable[[str, LastAttention, Tensor], None]) -> Iterator[None]:
+    """While the block lasts, every layer that runs calls visit(name, its attention, its heads' outputs [B, T, H, V])."""
+    with LastAttention() as last:
         handles = [
-            tap.register_forward_hook(lambda _tap, _args, out, name=name: visit(name, last.q, last.k, last.v, out))
+            tap.register_forward_hook(lambda _tap, _args, out, name=name: visit(name, last, out))
             for name, tap in taps.items()
         ]
         try:
@@ -134,14 +156,71 @@ def watch_heads(model: nn.Module, visit: Visit) -> Iterator[None]:
                 handle.remove()
 
 
-class _LastAttention(TorchDispatchMode):
-    """Remembers q, k and v of the latest `hydra::attention`; a layer's tap runs right behind it."""
+class BehindPast(TorchDispatchMode):
+    """Runs a prompt's later tokens behind recorded keys and values, as one forward's attentions in order.
+
+    `past` has k [1, Hk, P, K], v [1, Hk, P, V] and the later tokens' rows of the mask (or None) of each attention.
+    """
+
+    def __init__(self, past: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        super().__init__()
+        self.past = iter(past)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ATTENTION:
+            q, k, v, _, sinks = (*args, None, None)[:5]
+            before_k, before_v, mask = next(self.past)
+            k, v = (
+                torch.cat([before.expand(len(now), -1, -1, -1), now], 2)
+                for before, now in ((before_k, k), (before_v, v))
+            )
+            args = q, k, v, mask, sinks
+        return func(*args, **(kwargs or {}))
+
+
+class LastAttention(TorchDispatchMode):
+    """Remembers what the latest `hydra::attention` was called with; a layer's tap runs right behind it.
+
+    q [B, H, T, K], k and v [B, Hk, S, K or V].
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    options: dict[str, Any]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is ATTENTION:
-            self.q, self.k, self.v = args[:3]
+            self.q, self.k, self.v, self.mask, self.sinks = (*args, None, None)[:5]
+            self.options = kwargs or {}
         return func(*args, **(kwargs or {}))
+
+    def weights(self, positions: Tensor) -> Tensor:
+        """Attention weights [B, H, P, S] in fp32 of the queries at `positions` [P]."""
+        keys, groups = self.k.shape[2], self.q.shape[1] // self.k.shape[1]
+        scale, softcap = self.options.get("scale") or self.q.shape[-1] ** -0.5, self.options.get("softcap")
+        places = positions.to(self.q.device)
+        k = self.k.repeat_interleave(groups, 1).float()
+        logits = (self.q[:, :, places].float() @ k.mT) * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        logits = logits + self._bias(places + keys - self.q.shape[2])
+        if self.sinks is not None:
+            sink = self.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        return logits.softmax(-1)
+
+    def _bias(self, places: Tensor) -> Tensor:
+        """0 where a query may look and -inf elsewhere, or the mask's own numbers: broadcast to [B, H, P, S]."""
+        offset = self.k.shape[2] - self.q.shape[2]
+        if self.mask is not None:
+            rows = self.mask[:, :, places - offset]
+            return rows.float() if rows.dtype != torch.bool else torch.where(rows, 0.0, -math.inf)
+        key, window = torch.arange(self.k.shape[2], device=places.device), self.options.get("window")
+        seen = (
+            key <= places[:, None] if self.options.get("causal", True) else torch.ones_like(places[:, None] + key) > 0
+        )
+        seen = seen if window is None else seen & (key > places[:, None] - window)
+        return torch.where(seen, 0.0, -math.inf)

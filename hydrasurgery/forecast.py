@@ -86,10 +86,9 @@ def forecast(plan: Any, *, length: int, batch: int = 1, bytes_per_element: int =
 def _layer(layer: LayerPlan, length: int, element: int, conv_width: int) -> tuple[int, int, int, int, int, int]:
     """Teacher's KV, hybrid's KV, state, convolution (bytes); teacher's and hybrid's FLOPs."""
     k, v = layer.head_dim, layer.value_dim
-    seen = length if layer.window is None else min(layer.window, length)
-    kv = seen * (k + v) * element
+    kv = kept_tokens(layer, length) * (k + v) * element
     full, linear = sum(kind == FULL for kind in layer.kinds), sum(kind != FULL for kind in layer.kinds)
-    softmax = 2 * (k + v) * (seen * length - seen * (seen - 1) // 2)
+    softmax = attention_flops(layer, length)
     recurrence = length * (6 * k * v + CHUNK * (6 * k + 4 * v) + CHUNK**2 // 3)
     return (
         layer.num_key_value_heads * kv,
@@ -99,6 +98,17 @@ def _layer(layer: LayerPlan, length: int, element: int, conv_width: int) -> tupl
         layer.num_heads * softmax,
         full * softmax + linear * recurrence,
     )
+
+
+def kept_tokens(layer: LayerPlan, length: int) -> int:
+    """Tokens of `length` whose keys and values a full head of the layer still reads."""
+    return length if layer.window is None else min(layer.window, length)
+
+
+def attention_flops(layer: LayerPlan, length: int) -> int:
+    """FLOPs of one full head over a prefill of `length` tokens, projections left out."""
+    seen = kept_tokens(layer, length)
+    return 2 * (layer.head_dim + layer.value_dim) * (seen * length - seen * (seen - 1) // 2)
 
 
 def format_bytes(count: int) -> str:

@@ -18,6 +18,7 @@ from hydrasurgery.transfer import Recipe, Stage, addition_names
 from tests.families import tiny
 
 COMMANDS = ("inspect", "score", "plan", "rewrite", "distill", "eval", "generate", "kernels", "bench", "demo")
+COMMANDS = ("inspect", "score", "plan", "compare", "plot", "rewrite", "distill", "eval", "generate", "demo")
 WEIGHTS = "model.safetensors"
 
 
@@ -96,6 +97,20 @@ def test_scores_feed_a_plan(work, tmp_path):
     assert picture.stat().st_size
     succeed("plan", "--scores", scores, "--ratio", "3:1", "--unit", "kv-group", "--out", out)
     assert Plan.load(out).unit == "kv-group"
+    more = ("--budget", "kv-bytes", "--never", "0:1", "--min-full", 0, "--plot", tmp_path / "plan.png")
+    other = tmp_path / "other.json"
+    succeed("plan", "--scores", scores, "--ratio", "3:1", *more, "--out", other)
+    made = Plan.load(other)
+    assert (made.budget, made.never, made.min_full_per_layer) == ("kv-bytes", ((0, 1),), 0)
+    assert (tmp_path / "plan.png").stat().st_size
+    assert len(succeed("compare", out, other, scores).splitlines()) == 4
+    for kind in ("groups", "histogram", "coverage"):
+        succeed("plot", scores, "--kind", kind, "--out", tmp_path / f"{kind}.png")
+        assert (tmp_path / f"{kind}.png").stat().st_size
+    assert "none of 2 pairs" in fail(
+        *("plot", scores, "--kind", "ablation", "--model", work / "teacher", "--length", 64, "--count", 2),
+        *("--out", tmp_path / "curve.png"),
+    )
 
 
 def test_saved_hybrid_generates_and_is_evaluated(work, tmp_path):

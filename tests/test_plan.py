@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +15,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hydrasurgery.errors import PlanError
 from hydrasurgery.forecast import forecast
-from hydrasurgery.plan import FULL, LINEAR, STRATEGIES, Plan, plan_heads
+from hydrasurgery.plan import FULL, LINEAR, NEEDS_SCORES, STRATEGIES, Plan, plan_heads
 from hydrasurgery.regions import capture
+from hydrasurgery.selection.compare import compare, spearman
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 
 
@@ -84,7 +88,7 @@ def test_ties_fall_to_the_worse_converted_head_then_to_the_lower_index():
     assert full(plan_heads(scores(noise), ratio="15:1", strategy="global", tie=0)) == {(0, 7)}
 
 
-@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ("constrained", "global")])
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in NEEDS_SCORES])
 @pytest.mark.parametrize("unit", ["head", "kv-group"])
 def test_baselines_need_no_scores_and_hold_their_promise(strategy, unit):
     plan = plan_heads(regions(), ratio="7:1", strategy=strategy, unit=unit, seed=3)
@@ -324,3 +328,127 @@ def test_by_group_the_cache_shrinks_with_the_ratio():
     assert ratio[0] == pytest.approx(1 / 8, rel=0.03)
     assert ratio[1] > 1.5 * ratio[0]
     assert "131,072 tokens" in str(forecast(grouped, length=131072))
+
+
+# --- budgets, never, agreement ------------------------------------------------------------------------------------
+
+
+def test_per_layer_keeps_the_best_of_each_layer():
+    table = [[0.1 * head + layer for head in range(8)] for layer in range(4)]
+    plan = plan_heads(scores(table), ratio="3:1", strategy="per-layer")
+    assert [layer.full_heads for layer in plan.layers] == [(6, 7)] * 4
+
+
+def test_a_head_on_the_never_list_becomes_linear_whatever_the_strategy():
+    table = [[0.9] * 8 for _ in range(4)]
+    for strategy in STRATEGIES:
+        plan = plan_heads(scores(table), ratio="3:1", strategy=strategy, never=[(1, 0), (3, 7)])
+        assert not full(plan) & {(1, 0), (3, 7)}
+        assert Plan.from_json(plan.to_json()) == plan
+    assert plan.strategy == "all-full"
+    assert plan.num_full == 30
+    assert "never 1.0, 3.7" in str(plan)
+    group = plan_heads(scores(table), ratio="0:1", unit="kv-group", never=[(1, 3)])
+    assert full(group) == {(layer, head) for layer in range(4) for head in range(8)} - {(1, 2), (1, 3)}
+    assert "15 full KV groups instead of 16 (never)" in group.notes
+    with pytest.raises(PlanError, match="keep and never both name kv-group 1"):
+        plan_heads(scores(table), unit="kv-group", keep=[(0, 2)], never=[(0, 3)])
+    with pytest.raises(PlanError, match="never names head 9"):
+        plan_heads(scores(table), never=[(0, 9)])
+    with pytest.raises(PlanError, match="only 0 units"):
+        plan_heads(scores(table), never=[(0, head) for head in range(8)])
+
+
+def test_by_bytes_heads_of_a_kept_key_value_head_are_free():
+    table = [[1.0, 0.9, 0.2, 0.1, 0.8, 0.0, 0.0, 0.0]] + [[0.0] * 8] * 3
+    plan = plan_heads(scores(table), ratio="7:1", strategy="global", budget="kv-bytes", length=64)
+    assert full(plan) == {(0, 0), (0, 1), (0, 4), (0, 5)}  # 2 of 16 KV heads, and whoever reads them
+    assert plan.notes == ("full heads spend 12.50% of the teacher's KV bytes, 12.50% asked",)
+    assert Plan.from_json(plan.to_json()).budget == "kv-bytes"
+
+
+@settings(deadline=None, max_examples=30)
+@given(tables, st.integers(1, 7), st.sampled_from(["kv-bytes", "flops"]), st.sampled_from(["head", "kv-group"]))
+def test_a_budget_is_held_and_no_unit_more_would_fit(table, linear, budget, unit):
+    source = scores(table)
+    windows = [None if i % 2 else 100 for i in range(len(table))]
+    layers = [
+        LayerScores(x.name, 4, 16, 16, w, x.importance, x.spread) for x, w in zip(source.layers, windows, strict=True)
+    ]
+    source = HeadScores(tuple(layers), method="any")
+    options = {"ratio": f"{linear}:1", "strategy": "global", "unit": unit}
+    plan = plan_heads(source, budget=budget, length=1000, **options)
+
+    def spent(layers):
+        cost = forecast(layers, length=1000)
+        if budget == "kv-bytes":
+            return cost.hybrid_kv / cost.teacher_kv
+        softmax = [1000 * 1001 // 2 if w is None else 100 * 1000 - 100 * 99 // 2 for w in windows]
+        fulls = [sum(k == FULL for k in layer.kinds) for layer in layers]
+        return sum(s * f for s, f in zip(softmax, fulls, strict=True)) / (8 * sum(softmax))
+
+    assert spent(plan.layers) <= 1 / (linear + 1) + 1e-9
+    size = 2 if unit == "kv-group" else 1
+    for index, layer in enumerate(plan.layers):
+        for u in range(8 // size):
+            heads = range(u * size, (u + 1) * size)
+            if layer.kinds[heads[0]] == LINEAR:
+                kinds = tuple(FULL if h in heads else kind for h, kind in enumerate(layer.kinds))
+                more = [*plan.layers]
+                more[index] = replace(layer, kinds=kinds)
+                assert spent(more) > 1 / (linear + 1)
+
+
+def test_a_window_makes_heads_cheap():
+    mixed = [region(0, window=64), region(1)]
+    plan = plan_heads(mixed, ratio="15:1", strategy="random", budget="flops", min_full_per_layer=0, length=32768)
+    assert [len(layer.full_heads) for layer in plan.layers][0] == 8
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "layerwise", "all-full"])
+def test_budgets_are_for_strategies_that_choose_one_by_one(strategy):
+    with pytest.raises(PlanError, match="needs the strategy constrained, global or random"):
+        plan_heads(regions(), strategy=strategy, budget="flops")
+    with pytest.raises(PlanError, match="budget='money'"):
+        plan_heads(regions(), strategy=strategy, budget="money")
+
+
+def test_an_eighth_of_the_key_value_heads_is_exact_where_it_divides():
+    for strategy in ("constrained", "global", "random"):
+        table = [[0.01 * ((7 * layer + head) % 16) for head in range(16)] for layer in range(28)]
+        plan = plan_heads(scores(table, shared=8), ratio="7:1", unit="kv-group", strategy=strategy)
+        assert sum(len(layer.kept_key_value_heads) for layer in plan.layers) == 28
+        assert plan.notes == ()
+    odd = plan_heads(regions(3), ratio="7:1", unit="kv-group", strategy="random", min_full_per_layer=0)
+    assert odd.notes == ("the ratio asks for 1.5 full KV groups, rounded to 2",)
+
+
+def test_plans_and_scores_are_compared():
+    table = [[0.1 * head for head in range(8)] for _ in range(2)]
+    plans = {
+        "top": plan_heads(scores(table), ratio="7:1", strategy="global"),
+        "more": plan_heads(scores(table), ratio="3:1", strategy="global"),
+        "scores": scores(table),
+    }
+    found = compare(plans)
+    assert found.jaccard == {("top", "more"): 0.5, ("top", "scores"): 1.0, ("more", "scores"): 0.5}
+    assert found.spearman["top", "more"] == pytest.approx((2 / 16 - 2 / 16 * 4 / 16) / (7 / 64 * 3 / 16) ** 0.5)
+    assert str(found).splitlines()[1].split() == ["top", "/", "more", "0.500", "0.655"]
+    with pytest.raises(PlanError, match="at least two"):
+        compare({"one": scores(table)})
+    with pytest.raises(PlanError, match="other has 24 heads in 3 layers"):
+        compare({"one": scores(table), "other": scores([*table, table[0]])})
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 5), min_size=3, max_size=12), st.integers(0, 99))
+def test_rank_correlation_shares_ranks(values, seed):
+    a = np.array(values, dtype=float)
+    b = np.random.default_rng(seed).permutation(a)
+
+    def rank(x):
+        return np.array([np.mean([j for j, y in enumerate(sorted(x)) if y == z]) for z in x])
+
+    expected = np.corrcoef(rank(a), rank(b))[0, 1] if len(set(values)) > 1 else math.nan
+    assert spearman(a, b) == pytest.approx(expected, nan_ok=True)
+    assert spearman(a, np.exp(a)) == pytest.approx(1.0 if len(set(values)) > 1 else math.nan, nan_ok=True)

@@ -18,7 +18,8 @@ from hydrasurgery.evaluation.tasks import KEY_TOKENS, VALUE_TOKENS, Pair
 from hydrasurgery.layers import l2_norm
 from hydrasurgery.plan import plan_heads
 from hydrasurgery.selection import HeadScores, score_heads
-from hydrasurgery.selection.patching import patch_heads, readout
+from hydrasurgery.selection.bench import open_bench, readout
+from hydrasurgery.selection.scorers import SCORERS
 
 LENGTH, VOCABULARY = 14, 48
 
@@ -46,14 +47,14 @@ def logits_of(model, ids):
 
 
 @torch.no_grad()
-def answered_pairs(model, count=3, seed=0, length=LENGTH):
+def answered_pairs(model, count=3, seed=0, length=LENGTH, vocabulary=VOCABULARY):
     """Pairs that the model answers by construction: its guess against the token that the corruption favours."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     while len(pairs) < count:
-        clean = torch.randint(VOCABULARY, (length,), generator=generator)
+        clean = torch.randint(vocabulary, (length,), generator=generator)
         corrupt, stated = clean.clone(), torch.tensor([3, 4])
-        corrupt[stated] = (clean[stated] + torch.randint(1, VOCABULARY, (2,), generator=generator)) % VOCABULARY
+        corrupt[stated] = (clean[stated] + torch.randint(1, vocabulary, (2,), generator=generator)) % vocabulary
         asked = torch.tensor([length - 3, length - 1])
         z, other = logits_of(model, torch.stack([clean, corrupt]))[:, asked]
         answer = z.argmax(-1)
@@ -111,18 +112,20 @@ def slow_effects(model, pair):
     return effects
 
 
-def stacked(result):
-    return torch.stack(list(result.effects.values()), dim=1)  # [pairs, layers, heads]
+def measured(model, pairs, method="activation-patching", **options):
+    """Scores [pairs, layers, heads], and the bench they were measured on."""
+    with open_bench(model, pairs, **options) as bench:
+        return torch.stack(list(SCORERS[method](bench).values()), dim=1), bench
 
 
 def test_effects_equal_the_definition():
     model = tiny_model()
     pairs = answered_pairs(model)
-    result = patch_heads(model, pairs, rows=5)
-    assert result.replay == "readout"
+    effects, bench = measured(model, pairs, rows=5)
+    assert bench.local
     expected = torch.stack([slow_effects(model, pair) for pair in pairs])
     assert expected.abs().max() > 0.05
-    torch.testing.assert_close(stacked(result), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(effects, expected, atol=1e-4, rtol=1e-4)
 
 
 class Mixing(nn.Module):
@@ -141,16 +144,16 @@ def test_a_model_that_mixes_tokens_elsewhere_is_replayed_whole():
     model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
     pairs = answered_pairs(model, 2)
     with pytest.warns(UserWarning, match="mixes tokens outside"):
-        result = patch_heads(model, pairs)
-    assert result.replay == "full"
+        effects, bench = measured(model, pairs)
+    assert not bench.local
     expected = torch.stack([slow_effects(model, pair) for pair in pairs])
-    torch.testing.assert_close(stacked(result), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(effects, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_batching_changes_nothing():
     model = tiny_model()
     pairs = [*answered_pairs(model, 3), *answered_pairs(model, 2, seed=1, length=11)]
-    one, many = (stacked(patch_heads(model, pairs, batch_size=size, rows=rows)) for size, rows in ((1, 1), (4, 100)))
+    one, many = (measured(model, pairs, batch_size=size, rows=rows)[0] for size, rows in ((1, 1), (4, 100)))
     torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-4)
 
 
@@ -183,7 +186,7 @@ class Attend(nn.Module):
 def test_effects_of_one_linear_layer_sum_to_one():
     torch.manual_seed(0)
     model = OneLinearLayer()
-    effects = stacked(patch_heads(model, answered_pairs(model, 4)))
+    effects, _ = measured(model, answered_pairs(model, 4))
     torch.testing.assert_close(effects.sum((1, 2)), torch.ones(4), atol=1e-4, rtol=0)
     assert effects.std() > 0.01
 
@@ -220,13 +223,14 @@ def test_pairs_that_the_model_does_not_answer_are_reported_and_dropped():
     first = good[0]
     bad = replace(first, answer_ids=first.distractor_ids, distractor_ids=first.answer_ids)
     same = replace(first, corrupt_ids=first.clean_ids)
-    result = patch_heads(model, [bad, *good, same])
-    assert [text.split(":")[0] for text in result.dropped] == ["pair 0", "pair 3"]
-    torch.testing.assert_close(stacked(result), stacked(patch_heads(model, good)), atol=1e-5, rtol=1e-4)
+    effects, bench = measured(model, [bad, *good, same])
+    assert [text.split(":")[0] for text in bench.dropped.values()] == ["pair 0", "pair 3"]
+    assert bench.used == [1, 2]
+    torch.testing.assert_close(effects, measured(model, good)[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ProbeError, match="Qwen3ForCausalLM: none of 2 pairs"):
-        patch_heads(model, [bad, same])
+        measured(model, [bad, same])
     with pytest.raises(ProbeError, match="none of 0 pairs"):
-        patch_heads(model, [])
+        measured(model, [])
 
 
 def test_the_model_is_left_as_it_was():
@@ -236,7 +240,7 @@ def test_the_model_is_left_as_it_was():
     weights = {name: p.clone() for name, p in model.named_parameters()}
     score_heads(model, pairs=answered_pairs(model, 1), progress=False)
     with pytest.raises(ProbeError):
-        patch_heads(model, [])
+        measured(model, [])
     assert [(name, type(m), m.training, len(m._forward_hooks)) for name, m in model.named_modules()] == before
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())

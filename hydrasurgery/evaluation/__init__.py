@@ -1,6 +1,7 @@
 """Tasks with known answers and what a model scores on them; used by scoring, transfer and the command line."""
 
 from hydrasurgery.evaluation.metrics import evaluate, evaluating, kl_to_teacher, perplexity, recall
+from hydrasurgery.evaluation.probes import PROBES, fact_pairs, make_pairs, sum_pairs, variable_pairs
 from hydrasurgery.evaluation.tasks import (
     KEY_TOKENS,
     VALUE_TOKENS,
@@ -16,6 +17,7 @@ from hydrasurgery.evaluation.text import encode_text, library_text, load_text
 
 __all__ = [
     "KEY_TOKENS",
+    "PROBES",
     "VALUE_TOKENS",
     "Pair",
     "TaskBatch",
@@ -23,13 +25,17 @@ __all__ = [
     "encode_text",
     "evaluate",
     "evaluating",
+    "fact_pairs",
     "has_symbols",
     "kl_to_teacher",
     "library_text",
     "load_text",
+    "make_pairs",
     "needle_pairs",
     "needles",
     "perplexity",
     "plain_text",
     "recall",
+    "sum_pairs",
+    "variable_pairs",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -63,7 +64,9 @@ class Pair:
         clean_ids, corrupt_ids: [T] int64.
         answer_positions: [A] int64, positions whose logits predict the answer's tokens.
         answer_ids, distractor_ids: [A] int64, the clean and the counterfactual answer, different at every place.
-        value_positions: [A] int64, where the asked value is stated: the only places at which the prompts differ.
+        value_positions: [A] int64, where the asked value is stated: the only places at which the prompts differ. For
+            a question about what is not stated (a fact, a sum), the places of the question's changed part, any number.
+        task: the probe that the pair is of, with its length: "needle-4@256".
     """
 
     clean_ids: Tensor
@@ -72,25 +75,37 @@ class Pair:
     answer_ids: Tensor
     distractor_ids: Tensor
     value_positions: Tensor
+    task: str = ""
+
+    @property
+    def stated(self) -> bool:
+        """Whether the prompt itself holds the answer, at `value_positions`."""
+        return torch.equal(self.clean_ids[self.value_positions], self.answer_ids)
 
 
 @dataclass(frozen=True)
 class _Fact:
-    """One key with its value: stated as `before + value + after`, asked as `question + value`."""
+    """One key with its value: stated as `before + value + after`, asked as `question + value`; its name, if in words."""
 
     before: list[int]
     value: list[int]
     after: list[int]
     question: list[int]
     distractor: list[int]
+    name: str = ""
 
 
 class _Writer(Protocol):
-    """A way of writing facts; `facts(n, rng)` gives n of them with distinct keys and distinct values."""
+    """A way of writing facts; `facts(n, rng)` gives n of them with distinct keys and distinct values.
+
+    `alias(new, old)` states that the key of `new` has the value of `old`'s.
+    """
 
     chance: float
 
     def facts(self, count: int, rng: np.random.Generator) -> list[_Fact]: ...
+
+    def alias(self, new: _Fact, old: _Fact) -> _Fact: ...
 
 
 class _SymbolWriter:
@@ -120,6 +135,9 @@ class _SymbolWriter:
             facts.append(_Fact([key], value, [], [key], distractor))
         return facts
 
+    def alias(self, new: _Fact, old: _Fact) -> _Fact:
+        return _Fact([*new.before, *old.before], [], [], [], [])
+
 
 class _SentenceWriter:
     """Facts in words, for any tokenizer; all numbers have the token count that is commonest with this tokenizer."""
@@ -144,6 +162,10 @@ class _SentenceWriter:
             taken.update((tuple(fact.value), tuple(fact.distractor)))
             facts.append(fact)
         return facts
+
+    def alias(self, new: _Fact, old: _Fact) -> _Fact:
+        names = (f"The special magic number for {fact.name}" for fact in (new, old))
+        return _Fact(self._encode(f" {' is '.join(names)}."), [], [], [], [])
 
     def _fact(self, word: str, rng: np.random.Generator, taken: set[tuple[int, ...]]) -> _Fact:
         for _ in range(_ATTEMPTS):
@@ -172,7 +194,7 @@ class _SentenceWriter:
         if not value or any(a == b for a, b in zip(value, distractor, strict=True)):
             return None
         question = self._encode(f"\n\nWhat is the special magic number for {word}?")
-        return _Fact(before, value, self._encode("."), [*question, *before], distractor)
+        return _Fact(before, value, self._encode("."), [*question, *before], distractor, word)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -206,7 +228,10 @@ def needles(
     rng = np.random.default_rng(seed)
     writer, text = _writer(tokenizer), _text(tokenizer, text_ids)
     prefix = _prefix(tokenizer)
-    rows = [_needle_row(prefix, writer.facts(num_keys, rng), questions, length, text, rng) for _ in range(count)]
+    rows = []
+    for _ in range(count):
+        facts = writer.facts(num_keys, rng)
+        rows.append(_needle_row(prefix, facts, _asked(facts, questions, rng), length, text, rng))
     return _batch("needles", [r.ids for r in rows], [r.answers for r in rows], writer.chance)
 
 
@@ -225,9 +250,64 @@ def needle_pairs(
     same token count and a different token at every place; it is the value of no other key.
     """
     rng = np.random.default_rng(seed)
-    writer, text = _writer(tokenizer), _text(tokenizer, text_ids)
-    prefix = _prefix(tokenizer)
-    return [_pair(prefix, writer.facts(num_keys, rng), length, text, rng) for _ in range(count)]
+    writer, text = _writer(tokenizer), Text(tokenizer, text_ids)
+    pairs = []
+    for _ in range(count):
+        facts = writer.facts(num_keys, rng)
+        (asked,) = _asked(facts, 1, rng)
+        pairs.append(pair_of_facts(text, facts, asked, length, rng, f"needle-{num_keys}"))
+    return pairs
+
+
+def chained_facts(text: Text, chains: int, hops: int, rng: np.random.Generator) -> tuple[list[_Fact], int]:
+    """Facts whose names are given to other names, `hops` times each, and the number of the fact that is asked.
+
+    The asked fact's question is the last name of its chain; a name is stated after the one it stands for.
+    """
+    writer = _writer(text.tokenizer)
+    named = writer.facts(chains * (1 + hops), rng)
+    roots, others = named[:chains], named[chains:]
+    asked = int(rng.integers(chains))
+    stated: list[_Fact] = []
+    for chain, root in enumerate(roots):
+        names = [root, *others[chain * hops : (chain + 1) * hops]]
+        stated.append(replace(root, question=names[-1].question) if chain == asked else root)
+        stated += [writer.alias(new, old) for old, new in pairwise(names)]
+    return stated, asked * (1 + hops)
+
+
+def pair_of_facts(text: Text, facts: list[_Fact], asked: int, length: int, rng: np.random.Generator, task: str) -> Pair:
+    """The pair that states `facts` in their order, hidden in text, and asks fact number `asked`."""
+    # One token longer, without the last: the answer's last token is predicted and never read.
+    row = _needle_row(text.prefix, facts, [asked], length + 1, text.ids, rng)
+    clean = torch.from_numpy(row.ids[:-1])
+    value_positions, distractor = torch.from_numpy(row.stated[0]), torch.tensor(row.asked[0].distractor)
+    corrupt = clean.clone()
+    corrupt[value_positions] = distractor
+    positions, answer = torch.from_numpy(row.answers[0]) - 1, torch.tensor(row.asked[0].value)
+    return Pair(clean, corrupt, positions, answer, distractor, value_positions, f"{task}@{length}")
+
+
+class Text:
+    """What a tokenizer's prompts are made of: its own first tokens, and the text that things are hidden in.
+
+    Raises:
+        DataError: `text_ids` is no row of tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_ids: Tensor | None = None) -> None:
+        self.tokenizer, self.name = tokenizer, _name(tokenizer)
+        self.ids, self.prefix = _text(tokenizer, text_ids), _prefix(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, nothing put in front."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def fill(self, length: int, used: int, rng: np.random.Generator, task: str) -> list[int]:
+        """The `length - used` tokens that a prompt lacks, from a random place; DataError where `used` is more."""
+        if used > length:
+            raise DataError(f"{task}: the question needs {used} tokens, but the length is {length}; give a greater one")
+        return _window(self.ids, length - used, rng).tolist()
 
 
 def dense_recall(
@@ -303,15 +383,13 @@ class _Row:
 
 
 def _needle_row(
-    prefix: list[int], facts: list[_Fact], questions: int, length: int, text: np.ndarray, rng: np.random.Generator
+    prefix: list[int], facts: list[_Fact], order: list[int], length: int, text: np.ndarray, rng: np.random.Generator
 ) -> _Row:
-    if not 1 <= questions <= len(facts):
-        raise DataError(f"needles: {questions} questions about {len(facts)} keys; ask between 1 and the number of keys")
-    order = rng.permutation(len(facts))[:questions].tolist()
+    """A sequence that states `facts` in their order, and asks those that `order` names."""
     asked = [facts[i] for i in order]
     used = len(prefix) + sum(len(f.before + f.value + f.after) for f in facts)
     used += sum(len(f.question + f.value) for f in asked)
-    _check_fit("needles", length, length - used, len(facts), questions)
+    _check_fit("needles", length, length - used, len(facts), len(order))
     window = _window(text, length - used, rng)
     cuts = np.sort(rng.integers(0, length - used + 1, size=len(facts))).tolist()
     ids, stated, answers = list(prefix), [], []
@@ -327,15 +405,11 @@ def _needle_row(
     return _Row(np.array(ids, dtype=np.int64), np.stack(answers), np.stack([stated[i] for i in order]), asked)
 
 
-def _pair(prefix: list[int], facts: list[_Fact], length: int, text: np.ndarray, rng: np.random.Generator) -> Pair:
-    # One token longer, without the last: the answer's last token is predicted and never read.
-    row = _needle_row(prefix, facts, 1, length + 1, text, rng)
-    clean = torch.from_numpy(row.ids[:-1])
-    value_positions, distractor = torch.from_numpy(row.stated[0]), torch.tensor(row.asked[0].distractor)
-    corrupt = clean.clone()
-    corrupt[value_positions] = distractor
-    positions = torch.from_numpy(row.answers[0]) - 1
-    return Pair(clean, corrupt, positions, torch.tensor(row.asked[0].value), distractor, value_positions)
+def _asked(facts: list[_Fact], questions: int, rng: np.random.Generator) -> list[int]:
+    """Numbers of the facts to ask, drawn."""
+    if not 1 <= questions <= len(facts):
+        raise DataError(f"needles: {questions} questions about {len(facts)} keys; ask between 1 and the number of keys")
+    return rng.permutation(len(facts))[:questions].tolist()
 
 
 def _batch(task: str, rows: list[np.ndarray], answers: list[np.ndarray], chance: float) -> TaskBatch:

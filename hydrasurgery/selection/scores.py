@@ -11,7 +11,7 @@ from typing import Any
 
 from hydrasurgery.errors import DataError
 from hydrasurgery.files import atomic_write_text
-from hydrasurgery.plan import ModelInfo, json_lines
+from hydrasurgery.plan import UNITS, ModelInfo, json_lines
 
 FORMAT, VERSION = "hydrasurgery-scores", 1
 CRITICAL = 0.01  # paper section 2: an effect above this counts
@@ -26,6 +26,7 @@ class LayerScores:
         importance: [H]; for activation patching 1 is the whole effect of the answer, negative means the head hurt it.
         spread: [H], standard deviation of the importance between pairs.
         error: [H], relative error of the head's best linear stand-in (0 exact, 1 nothing explained); None unmeasured.
+        samples: [P][H], each used pair's score; empty where a method has none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerScores:
     importance: tuple[float, ...]
     spread: tuple[float, ...]
     error: tuple[float, ...] | None = None
+    samples: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_heads(self) -> int:
@@ -47,6 +49,12 @@ class HeadScores:
     """Scores of every query head of a model, with what is needed to measure them again.
 
     `print(scores)` lists the top heads, `plot(path)` draws the map, `save`/`load` keep them as JSON.
+
+    Attributes:
+        unit: "head", or "kv-group" where a KV head was measured and all its query heads bear its score.
+        pairs: Pairs that were used; `dropped` says why others were not.
+        tasks: [P], the probe of each used pair.
+        replay: "readout" where frozen replays ran on the answer's tokens alone, "full" where on whole prompts.
     """
 
     layers: tuple[LayerScores, ...]
@@ -57,6 +65,7 @@ class HeadScores:
     length: tuple[int, ...] = ()
     pairs: int = 0
     dropped: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     replay: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -96,8 +105,8 @@ class HeadScores:
             raise DataError(
                 f"{source}: a field of the scores is missing or unknown ({type(error).__name__}: {error}). Score again."
             ) from error
-        if scores.unit != "head":
-            raise DataError(f"{source}: scores are per {scores.unit!r}, but plans are made from scores per 'head'.")
+        if scores.unit not in UNITS:
+            raise DataError(f"{source}: scores are per {scores.unit!r}, but units are {', '.join(UNITS)}.")
         return scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -113,15 +122,20 @@ class HeadScores:
             raise DataError(f"{os.fspath(path)}: cannot be read as scores ({error}). Check the path.") from error
         return cls.from_json(text, source=os.fspath(path))
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw layers x heads as a heat map (PNG), the reconstruction error beside it where it was measured.
+    def plot(self, path: str | os.PathLike[str], kind: str = "map") -> Path:
+        """Draw the scores (PNG).
+
+        Args:
+            kind: "map" (layers x heads, reconstruction error beside it where it was measured), "groups" (layers x KV
+                heads), "histogram", or "coverage" (share of the importance that the top heads hold).
 
         Raises:
             ImportError: matplotlib is missing; the message names the extra.
+            DataError: another kind.
         """
-        from hydrasurgery.selection.plots import draw_scores
+        from hydrasurgery.selection.plots import draw
 
-        return draw_scores(self, path)
+        return draw(self, path, kind)
 
     def __str__(self) -> str:
         critical = sum(value > CRITICAL for layer in self.layers for value in layer.importance)
@@ -145,9 +159,11 @@ class HeadScores:
 
 
 def _layer(value: dict[str, Any]) -> LayerScores:
-    lists = {key: tuple(map(float, value[key])) for key in ("importance", "spread")}
+    value = {"samples": (), **value}
+    rows = {key: tuple(map(float, value[key])) for key in ("importance", "spread")}
     error = None if value["error"] is None else tuple(map(float, value["error"]))
-    sizes = {len(item) for item in (*lists.values(), error) if item is not None}
-    if len(sizes) != 1 or not all(math.isfinite(x) for item in (*lists.values(), error or ()) for x in item):
+    samples = tuple(tuple(map(float, row)) for row in value["samples"])
+    lists = [row for row in (*rows.values(), error, *samples) if row is not None]
+    if len({len(row) for row in lists}) != 1 or not all(math.isfinite(x) for row in lists for x in row):
         raise ValueError(f"{value['name']} needs one finite number a head")
-    return LayerScores(**{**value, **lists, "error": error})
+    return LayerScores(**{**value, **rows, "error": error, "samples": samples})

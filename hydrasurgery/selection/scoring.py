@@ -6,24 +6,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from hydrasurgery.calibration import LinearFit, fit_model
+from hydrasurgery.calibration import LinearFit
 from hydrasurgery.errors import ProbeError, SequenceLengthError
-from hydrasurgery.evaluation.tasks import Pair, needle_pairs
+from hydrasurgery.evaluation.probes import PROBES, make_pairs
+from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.plan import layer_shape, model_info, package_versions
-from hydrasurgery.regions import capture
-from hydrasurgery.selection.patching import PatchEffects, patch_heads
+from hydrasurgery.selection.bench import open_bench
+from hydrasurgery.selection.scorers import METHODS, SCORERS
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METHODS = ("activation-patching", "reconstruction")
-KEYS = (1, 4)  # sub-probes: one key, and one of several (paper section 2)
+RETRIEVAL = ("needle-1", "needle-4")  # sub-probes: one key, and one of several (paper section 2)
 LENGTH = 4096
-FIT_TOKENS, FIT_SEQUENCES = 2048, 4  # what the reconstruction error is measured on
 
 
 def score_heads(
@@ -31,6 +29,7 @@ def score_heads(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     method: str = "activation-patching",
+    probes: Sequence[str] = RETRIEVAL,
     pairs: Sequence[Pair] | None = None,
     length: int | Sequence[int] | None = None,
     count: int = 12,
@@ -39,63 +38,81 @@ def score_heads(
     rows: int = 64,
     progress: bool = True,
 ) -> HeadScores:
-    """Measure how much each attention head matters for retrieval.
+    """Measure how much each attention head matters. The model is left as it was.
 
-    Methods: `activation-patching` (paper section 2, eq. 9-10) averages, over the pairs that the model answers, the
-    share of the answer's effect that a head carries; `reconstruction` takes the error of each head's linear stand-in.
-    Both measure that error, by which a plan breaks ties. The model is left as it was.
+    A head's importance is its mean over the pairs that the clean model answers, its spread their standard deviation.
+    Causal methods change a head and look at the answer, as shares of what corrupting the prompt does to it (eq. 10):
+
+    - `activation-patching`: the head's corrupted output, later attention held (the paper's receiver score), and
+      `activation-patching-unfrozen`: later attention running;
+    - `attribution-patching`: the first by one gradient for all heads, the top eighth patched for real; `attribution`:
+      the gradient alone;
+    - `sender-patching` (eq. 11): through the receivers alone, and `path-patching`: the greater of receiver and sender;
+    - `mean-ablation`: the head's mean output; `swap`: its calibrated linear stand-in, `swap-kl` the same in nats of
+      divergence at the answer; `gates`: a learned mixture of head and stand-in.
+
+    The others look at the head alone: `logit-contribution`, `retrieval` (copy attention), `induction`, `echo`, and
+    `reconstruction`, the error of its linear stand-in, which every method measures, for a plan breaks ties by it.
 
     Args:
         model: A decoder with all heads full (the teacher).
         tokenizer: Writes the probes; not needed with `pairs`.
-        pairs: Counterfactual prompts of your own instead of needles with one and with four keys.
+        probes: Which prompts, of `hydrasurgery.evaluation.PROBES`.
+        pairs: Counterfactual prompts of your own instead.
         length: Tokens a probe, or several lengths; default 4096 or the model's position limit.
-        count: Probes in all, shared between lengths and sub-probes.
-        batch_size: Prompts run together, twice (clean and corrupt).
-        rows: Patched heads run together: the bound on memory.
+        count: Pairs in all, shared between lengths and probes.
+        batch_size: Prompts run together, twice (clean and corrupt), and whole prompts replayed together.
+        rows: Changed heads that are replayed together: with `batch_size` the bound on memory.
         progress: Show a bar.
 
     Raises:
-        ProbeError: neither tokenizer nor pairs, an unknown method, or no pair that the clean model answers.
+        ProbeError: neither tokenizer nor pairs, an unknown method or probe, or no pair that the clean model answers.
         SequenceLengthError: `length` is above the model's position limit.
     """
     if method not in METHODS:
         raise ProbeError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     if pairs is None:
-        pairs = _needles(model, tokenizer, length, count, seed)
+        pairs = probe_pairs(model, tokenizer, probes=probes, length=length, count=count, seed=seed)
     if not pairs:
         raise ProbeError(
             f"there is no pair to score {type(model).__name__} on; give count=... or pairs=... of at least 1."
         )
-    regions = capture(model)
-    with _progress("scoring heads", len(pairs) + 1, progress) as advance:
-        patched = None
-        if method == "activation-patching":
-            patched = patch_heads(model, pairs, batch_size=batch_size, rows=rows, advance=advance)
-        fits = fit_model(model, _calibration_ids(pairs))
-        advance(1 if patched else len(pairs) + 1)
+    with (
+        _progress("scoring heads", len(pairs), progress) as advance,
+        open_bench(model, pairs, batch_size=batch_size, rows=rows, seed=seed, advance=advance) as bench,
+    ):
+        values = SCORERS[method](bench) if method in SCORERS else {}
+        fits, dropped, used = bench.fits, tuple(bench.dropped.values()), bench.used
+        replay = ("readout" if bench.local else "full") if values else ""
     return HeadScores(
-        layers=tuple(_layer(region, fits[region.name], patched) for region in regions),
+        layers=tuple(_layer(region, fits[region.name], values.get(region.name)) for region in bench.regions),
         method=method,
-        model=model_info(model, len(regions)),
+        model=model_info(model, len(bench.regions)),
         seed=seed,
         length=tuple(sorted({len(pair.clean_ids) for pair in pairs})),
-        pairs=len(pairs) - (len(patched.dropped) if patched else 0),
-        dropped=patched.dropped if patched else (),
-        replay=patched.replay if patched else "",
+        pairs=len(used),
+        dropped=dropped,
+        tasks=tuple(pairs[number].task for number in used),
+        replay=replay,
         versions=package_versions(),
     )
 
 
-def _needles(
+def probe_pairs(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    length: int | Sequence[int] | None,
-    count: int,
-    seed: int,
+    *,
+    probes: Sequence[str] = RETRIEVAL,
+    length: int | Sequence[int] | None = None,
+    count: int = 12,
+    seed: int = 0,
 ) -> list[Pair]:
+    """The pairs that `score_heads` makes of the same arguments, for a model's limit of positions; errors as there."""
     if tokenizer is None:
         raise ProbeError("score_heads needs a tokenizer to write its probes, or pairs=... of your own.")
+    unknown = [name for name in probes if name not in PROBES]
+    if unknown:
+        raise ProbeError(f"probe {unknown[0]!r} is not one of {', '.join(PROBES)}.")
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or LENGTH
     if length is None:
         length = min(LENGTH, limit)
@@ -104,32 +121,19 @@ def _needles(
         raise SequenceLengthError(
             f"length={max(lengths)} is above the {limit} positions of {type(model).__name__}; use a shorter length."
         )
-    probes = [(tokens, keys) for tokens in lengths for keys in KEYS]
-    shares = [count // len(probes) + (number < count % len(probes)) for number in range(len(probes))]
-    return [
-        pair
-        for number, ((tokens, keys), share) in enumerate(zip(probes, shares, strict=True))
-        for pair in needle_pairs(tokenizer, tokens, share, (seed, number), num_keys=keys)
-    ]
+    return make_pairs(tokenizer, probes, lengths, count, seed)
 
 
-def _calibration_ids(pairs: Sequence[Pair]) -> Tensor:
-    """A few clean prompts cut to one length, [B, T]; spread over the pairs so that each sub-probe is in."""
-    chosen = pairs[:: max(1, len(pairs) // FIT_SEQUENCES)][:FIT_SEQUENCES]
-    tokens = min(FIT_TOKENS, *(len(pair.clean_ids) for pair in chosen))
-    return torch.stack([pair.clean_ids[:tokens] for pair in chosen])
-
-
-def _layer(region: Any, fit: LinearFit, patched: PatchEffects | None) -> LayerScores:
-    error = tuple(fit.error.tolist())
+def _layer(region: Any, fit: LinearFit, values: Tensor | None) -> LayerScores:
+    shape, error = layer_shape(region), tuple(fit.error.tolist())
+    samples: tuple[tuple[float, ...], ...] = ()
     importance, spread = error, (0.0,) * len(error)
-    if patched:
-        effects = patched.effects[region.name].double()
-        importance, spread = tuple(effects.mean(0).tolist()), tuple(effects.std(0, correction=0).tolist())
-    shape = layer_shape(region)
-    return LayerScores(
-        shape.name, shape.num_key_value_heads, shape.head_dim, shape.value_dim, shape.window, importance, spread, error
-    )
+    if values is not None:
+        rows = values.double()
+        importance, spread = tuple(rows.mean(0).tolist()), tuple(rows.std(0, correction=0).tolist())
+        samples = tuple(map(tuple, values.tolist()))
+    place = (shape.name, shape.num_key_value_heads, shape.head_dim, shape.value_dim, shape.window)
+    return LayerScores(*place, importance, spread, error, samples)
 
 
 @contextmanager
@@ -140,4 +144,10 @@ def _progress(label: str, total: int, show: bool) -> Iterator[Any]:
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(done: int, more: int) -> None:
+            nonlocal total
+            total += more
+            bar.update(task, advance=done, total=total)
+
+        yield advance

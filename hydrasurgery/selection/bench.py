@@ -1,0 +1,437 @@
+"""The bench that heads are measured on: a model with taps on its heads, the pairs it answers, and replays of its runs.
+
+A replay is a forward in which every head's output may be read and changed. Two kinds exist:
+
+- frozen: every attention output is a recorded one, so that no token reads another any more, and what is changed at a
+  position reaches the logits of that position only, through the residual stream and the MLPs. It is run on the few
+  tokens that predict the answer: exact, and thousands of times less work than whole prompts. A model to which this does
+  not apply (a token mixer besides attention) is found out by comparing logits, and is replayed on whole prompts.
+- live: attention runs as it does; always on whole prompts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from hydrasurgery.calibration import BehindPast, LastAttention, LinearFit, fit_linear_heads, run_model, watch_taps
+from hydrasurgery.errors import ProbeError
+from hydrasurgery.evaluation.tasks import Pair
+from hydrasurgery.regions import Region, head_taps, regions
+
+DISCOUNT = 0.9
+FIT_TOKENS, FIT_SEQUENCES = 2048, 4  # what the linear stand-ins are fitted on
+
+Taps = dict[str, nn.Identity]
+Head = tuple[str, int]  # the layer's name, the head's number
+Advance = Callable[[int, int], None]  # pairs just finished, pairs that were added to the work
+Edit = Callable[[str, Tensor], Tensor]  # a layer's name and its heads' live outputs [R, T, H, D] -> their replacement
+Change = Callable[[str, list[int], list[int]], Tensor]  # a layer's name, rows, heads -> outputs of those [N, T, D]
+
+
+@dataclass
+class Run:
+    """What a pair's clean and corrupt run leave behind at `positions`, the tokens a replay runs on.
+
+    `clean` and `corrupt` are head outputs by layer, [P, H, D]; the logits are [A, vocabulary]; `asked` [A] are the
+    places of the answer in `positions`. `past` are keys, values and mask rows of each attention, of the tokens in front
+    of `positions` (see `BehindPast`); empty where a replay needs none.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    asked: Tensor
+    clean_logits: Tensor
+    corrupt_logits: Tensor
+    clean: dict[str, Tensor] = field(default_factory=dict)
+    corrupt: dict[str, Tensor] = field(default_factory=dict)
+    past: tuple[tuple[Tensor, Tensor, Tensor | None], ...] = ()
+
+    def at_answer(self) -> Run:
+        """A run of whole prompts narrowed to the tokens that predict the answer."""
+        clean, corrupt = ({n: x[self.asked] for n, x in outputs.items()} for outputs in (self.clean, self.corrupt))
+        places = torch.arange(len(self.asked), device=self.asked.device)
+        return Run(self.ids, self.asked, places, self.clean_logits, self.corrupt_logits, clean, corrupt)
+
+
+class Bench:
+    """A tapped model in evaluation mode and the pairs to measure its heads on; made by `open_bench`.
+
+    Attributes:
+        dropped: A sentence for each pair that cannot be used, by its number; known after the first `runs`.
+        seed: For scorers that draw.
+        rows: Changed heads that are replayed together (at most `batch_size` of them on whole prompts).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: Sequence[Region],
+        taps: Taps,
+        pairs: Sequence[Pair],
+        *,
+        batch_size: int,
+        rows: int,
+        seed: int,
+        advance: Advance,
+    ) -> None:
+        self.model, self.regions, self.taps, self.pairs = model, regions, taps, pairs
+        self.batch_size, self.rows, self.seed, self.advance = batch_size, rows, seed, advance
+        self.dropped: dict[int, str] = {} if pairs else {0: "none was given"}
+        self._passes = 0
+
+    @cached_property
+    def local(self) -> bool:
+        """Whether a frozen replay on the answer's tokens alone gives the logits of the whole prompt."""
+        if not self.pairs:
+            return True
+        run = self._observe(self.pairs[:1], whole=False)[0]
+        error = (self.replay(run, 1, frozen(run, 1))[0] - run.clean_logits).abs().max()
+        tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
+        if error <= tolerance * run.clean_logits.abs().max():
+            return True
+        warnings.warn(
+            f"{type(self.model).__name__} mixes tokens outside its attention heads or ignores position_ids (logits off "
+            f"by {error:.2g}), so each patched run takes the whole prompt: slower, same scores.",
+            stacklevel=2,
+        )
+        return False
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether a batch may grow at a later layer: tried on the last one, and the logits compared."""
+        last = list(self.taps)[-1]
+        if not _block(self.model, last):
+            return False
+        run = self._observe(self.pairs[:1], whole=True)[0]
+        try:
+            logits = self.replay(run, 2, lambda _name, output: output, first=last)
+        except (RuntimeError, TypeError, ValueError, KeyError):  # a layer that is told its batch in another way
+            return False
+        tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
+        return len(logits) == 2 and bool((logits - run.clean_logits).abs().max() <= tolerance)
+
+    @cached_property
+    def fits(self) -> dict[str, LinearFit]:
+        """The best linear stand-in of every head, by layer, fitted on a few clean prompts."""
+        found: dict[str, LinearFit] = {}
+
+        def visit(name: str, last: LastAttention, output: Tensor) -> None:
+            found[name] = fit_linear_heads(last.q, last.k, last.v, output)
+
+        with watch_taps(self.taps, visit):
+            self.forward(_calibration_ids(self.pairs))
+        return found
+
+    @property
+    def used(self) -> list[int]:
+        """Numbers of the pairs that `measure` has given effects of."""
+        return [number for number in range(len(self.pairs)) if number not in self.dropped]
+
+    def runs(self, *, whole: bool = False) -> Iterator[tuple[Pair, Run]]:
+        """Each usable pair with its recorded run, at every position if `whole`, else where a frozen replay needs it."""
+        if self._passes:
+            self.advance(0, len(self.pairs))
+        whole = whole or not self.local
+        for start, group in _batches(self.pairs, self.batch_size):
+            for number, (pair, run) in enumerate(zip(group, self._observe(group, whole), strict=True), start):
+                reason = _unusable(pair, run)
+                if reason:
+                    self.dropped[number] = f"pair {number}: {reason}"
+                else:
+                    yield pair, run
+            self.advance(len(group), 0)
+        self._passes += 1
+
+    def measure(self, score: Callable[[Pair, Run], Mapping[str, Tensor]], *, whole: bool = False) -> dict[str, Tensor]:
+        """Stack each usable pair's scores: layer name -> [P, H] fp32 on the CPU.
+
+        Raises:
+            ProbeError: no pair can be used.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for pair, run in self.runs(whole=whole):
+            for name, values in score(pair, run).items():
+                found.setdefault(name, []).append(values.detach().float().cpu())
+        if not found:
+            raise ProbeError(
+                f"{type(self.model).__name__}: none of {len(self.pairs)} pairs can be scored "
+                f"({'; '.join(list(self.dropped.values())[:1])}). Use a model that has learned retrieval, shorter "
+                "prompts (length=...) or pairs it can answer (pairs=...)."
+            )
+        return {name: torch.stack(values) for name, values in found.items()}
+
+    def heads(self, run: Run) -> list[Head]:
+        """Every head, layer by layer."""
+        return [(name, head) for name in self.taps for head in range(run.clean[name].shape[1])]
+
+    def sweep(
+        self, run: Run, change: Change, *, live: bool, heads: Sequence[Head] | None = None
+    ) -> Iterator[tuple[Sequence[Head], Tensor]]:
+        """Replay with one head changed at a time: some heads and their logits [1 + N, A, vocabulary].
+
+        Row 0 is unchanged and stands in the same batch, so that a head without effect scores exactly 0 in low
+        precision too.
+        """
+        heads = self.heads(run) if heads is None else heads
+        size = self.rows if len(run.positions) == len(run.asked) else min(self.rows, self.batch_size)
+        for start in range(0, len(heads), size):
+            batch = heads[start : start + size]
+            first = batch[0][0] if live and self.grows else None
+            yield batch, self.replay(run, 1 + len(batch), changed(run, batch, change, live=live), first=first)
+
+    def replay(self, run: Run, count: int, edit: Edit, *, first: str | None = None) -> Tensor:
+        """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`.
+
+        With `first`, the layers in front of that one, which the copies have in common, are run once.
+        """
+        with ExitStack() as stack:
+            if first is not None:
+                grow = self.model.get_submodule(_block(self.model, first))
+                stack.callback(grow.register_forward_pre_hook(_copies(count), with_kwargs=True).remove)
+            for name, tap in self.taps.items():
+                hook = lambda _tap, _args, output, name=name: edit(name, output)  # noqa: E731
+                stack.callback(tap.register_forward_hook(hook).remove)
+            if run.past:
+                stack.enter_context(BehindPast(run.past))
+            ids, places = (x.expand(1 if first else count, -1) for x in (run.ids[run.positions], run.positions))
+            return _logits(self.model, ids, run.asked, position_ids=places)
+
+    @cached_property
+    def resumes(self) -> bool:
+        """Whether a live replay may start behind recorded keys and values: tried on a pair, and the logits compared."""
+        run = self._observe(self.pairs[:1], whole=True)[0]
+        later = self._resumed(self.pairs[0], run)
+        try:
+            logits = self.replay(later, 1, lambda _name, output: output)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
+        return bool((logits[0] - run.clean_logits).abs().max() <= tolerance)
+
+    def from_change(self, pair: Pair, run: Run) -> Run:
+        """The run of a whole prompt from the pair's first changed token on: nothing in front of it can change."""
+        return self._resumed(pair, run) if self.resumes else run
+
+    def _resumed(self, pair: Pair, run: Run) -> Run:
+        changes = (pair.clean_ids != pair.corrupt_ids).nonzero().flatten().tolist()
+        start = changes[0] if changes else 0
+        if not start:
+            return run
+        past: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+        def visit(_name: str, last: LastAttention, _output: Tensor) -> None:
+            mask = None if last.mask is None else last.mask[:, :, start:]
+            past.append((last.k[:, :, :start], last.v[:, :, :start], mask))
+
+        with watch_taps(self.taps, visit):
+            self.forward(run.ids[None])
+        clean, corrupt = ({n: x[start:] for n, x in outputs.items()} for outputs in (run.clean, run.corrupt))
+        places = run.positions[start:], run.asked - start
+        return Run(run.ids, *places, run.clean_logits, run.corrupt_logits, clean, corrupt, tuple(past))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [B, 1, vocabulary] behind prompts [B, T], taps running."""
+        return _logits(self.model, ids, torch.tensor([ids.shape[1] - 1]))
+
+    def _observe(self, pairs: Sequence[Pair], whole: bool) -> list[Run]:
+        """Run the clean and the corrupt prompts of pairs of one shape, and keep what a replay needs."""
+        device = next(self.model.parameters()).device
+        ids = torch.stack([pair.clean_ids for pair in pairs] + [pair.corrupt_ids for pair in pairs]).to(device)
+        asked = torch.stack([pair.answer_positions for pair in pairs]).to(device)
+        positions = torch.arange(ids.shape[1], device=device).expand(len(pairs), -1) if whole else asked
+        kept: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+                at = positions.repeat(2, 1).to(output.device)
+                kept[name] = output[torch.arange(len(at), device=output.device)[:, None], at]
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, tap in self.taps.items():
+                stack.callback(tap.register_forward_hook(keep(name)).remove)
+            needed = torch.unique(asked)
+            logits = _logits(self.model, ids, needed)
+        runs = []
+        for clean, pair in enumerate(pairs):
+            corrupt = clean + len(pairs)
+            at = torch.searchsorted(needed, asked[clean]).to(logits.device)
+            inside = asked[clean] if whole else torch.arange(len(pair.answer_ids), device=device)
+            run = Run(ids[clean], positions[clean], inside, logits[clean, at], logits[corrupt, at])
+            run.clean = {name: outputs[clean] for name, outputs in kept.items()}
+            run.corrupt = {name: outputs[corrupt] for name, outputs in kept.items()}
+            runs.append(run)
+        return runs
+
+
+@contextmanager
+def open_bench(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 4,
+    rows: int = 64,
+    seed: int = 0,
+    advance: Advance = lambda done, more: None,
+) -> Iterator[Bench]:
+    """For the time of the block `model` has taps on its heads and is in evaluation mode, without gradients."""
+    with torch.no_grad(), _evaluating(model), head_taps(model) as taps:
+        yield Bench(model, regions(model), taps, pairs, batch_size=batch_size, rows=rows, seed=seed, advance=advance)
+
+
+def frozen(run: Run, count: int) -> Edit:
+    """The edit that holds every head at its clean output."""
+    return lambda name, _output: run.clean[name].repeat(count, 1, 1, 1)
+
+
+def changed(run: Run, heads: Sequence[Head], change: Change, *, live: bool) -> Edit:
+    """The edit that changes head r of `heads` in row r + 1; all others run (`live`) or are held at their clean output."""
+    hold = frozen(run, 1 + len(heads))
+
+    def edit(name: str, output: Tensor) -> Tensor:
+        out = output.clone() if live else hold(name, output)
+        rows = [row for row, (layer, _) in enumerate(heads, start=1) if layer == name]
+        numbers = [head for layer, head in heads if layer == name]
+        if rows:
+            out[rows, :, numbers] = change(name, rows, numbers).to(out.dtype)
+        return out
+
+    return edit
+
+
+def readout(logits: Tensor, pair: Pair) -> Tensor:
+    """m(x) of eq. 9: logits [..., A, vocabulary] -> [...] in fp32, the answer's lead over the distractor."""
+    answer, distractor = (ids.to(logits.device) for ids in (pair.answer_ids, pair.distractor_ids))
+    at = torch.arange(len(answer), device=logits.device)
+    lead = logits[..., at, answer].float() - logits[..., at, distractor].float()
+    weight = DISCOUNT ** at.float()
+    return (lead * weight).sum(-1) / weight.sum()
+
+
+def whole_effect(pair: Pair, run: Run) -> Tensor:
+    """m(x) - m(x'), the denominator of eq. 10."""
+    return readout(run.clean_logits, pair) - readout(run.corrupt_logits, pair)
+
+
+def effects(
+    bench: Bench,
+    pair: Pair,
+    run: Run,
+    change: Change,
+    *,
+    live: bool,
+    heads: Sequence[Head] | None = None,
+    lost: Callable[[Tensor, Pair], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What each changed head costs, layer name -> [H]; 0 for heads that are not in `heads`.
+
+    `lost(logits [1 + N, A, V], pair)` -> [N] says what a change costs against row 0; by default eq. 10, the share of
+    the corruption's whole effect on the readout.
+    """
+    whole = whole_effect(pair, run)
+
+    def share(logits: Tensor, pair: Pair) -> Tensor:
+        scores = readout(logits, pair)
+        return (scores[0] - scores[1:]) / whole
+
+    found = {name: torch.zeros(run.clean[name].shape[1]) for name in bench.taps}
+    for batch, logits in bench.sweep(run, change, live=live, heads=heads):
+        for (name, head), effect in zip(batch, (lost or share)(logits, pair).float().cpu(), strict=True):
+            found[name][head] = effect
+    return found
+
+
+def divergence(logits: Tensor, _pair: Pair) -> Tensor:
+    """KL(row 0 || row r) in nats, the mean over the answer's positions: logits [1 + N, A, V] -> [N]."""
+    own = logits.float().log_softmax(-1)
+    return (own[:1].exp() * (own[:1] - own[1:])).sum(-1).mean(-1)
+
+
+def _block(model: nn.Module, layer: str) -> str:
+    """The path of the decoder layer that holds an attention module: the first item of a list on its way; or ""."""
+    steps = layer.split(".")
+    for depth in range(1, len(steps)):
+        if isinstance(model.get_submodule(".".join(steps[:depth])), nn.ModuleList):
+            return ".".join(steps[: depth + 1])
+    return ""
+
+
+def _copies(count: int) -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
+    """A pre-hook that gives a decoder layer `count` copies of its hidden states [1, T, C]; the rest broadcasts."""
+
+    def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple:  # type: ignore[type-arg]
+        if args and isinstance(args[0], Tensor):
+            return (args[0].expand(count, -1, -1), *args[1:]), kwargs
+        states = kwargs["hidden_states"]
+        assert isinstance(states, Tensor)
+        return args, {**kwargs, "hidden_states": states.expand(count, -1, -1)}
+
+    return hook
+
+
+def top_heads(values: Mapping[str, Tensor], share: float) -> list[Head]:
+    """The given share (rounded up) of heads with the largest values, layer name -> [H]; the first of equals."""
+    heads = [(name, head) for name, row in values.items() for head in range(len(row))]
+    heads.sort(key=lambda at: -float(values[at[0]][at[1]]))
+    return heads[: math.ceil(share * len(heads))]
+
+
+def _unusable(pair: Pair, run: Run) -> str | None:
+    guess = run.clean_logits.argmax(-1).cpu()
+    if not torch.equal(guess, pair.answer_ids.cpu()):
+        return f"the clean model answers {guess.tolist()} instead of {pair.answer_ids.tolist()}"
+    effect = whole_effect(pair, run)
+    return None if effect > 0 else f"the corrupt prompt does not weaken the answer (effect {effect:.3g})"
+
+
+def _logits(model: nn.Module, ids: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Logits [B, P, vocabulary] at `positions` [P] of ids [B, T]; the head runs on those alone where the model can."""
+    accepted = inspect.signature(model.forward).parameters
+    anything = hasattr(model, "config") and any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    options = {"position_ids": position_ids, "logits_to_keep": positions}
+    options = {key: v for key, v in options.items() if v is not None and (key in accepted or anything)}
+    out = run_model(model, ids, **options)
+    logits = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
+    return logits if logits.shape[1] == len(positions) else logits[:, positions.to(logits.device)]
+
+
+def _calibration_ids(pairs: Sequence[Pair]) -> Tensor:
+    """A few clean prompts cut to one length, [B, T]; spread over the pairs so that each sub-probe is in."""
+    chosen = pairs[:: max(1, len(pairs) // FIT_SEQUENCES)][:FIT_SEQUENCES]
+    tokens = min(FIT_TOKENS, *(len(pair.clean_ids) for pair in chosen))
+    return torch.stack([pair.clean_ids[:tokens] for pair in chosen])
+
+
+def _batches(pairs: Sequence[Pair], size: int) -> Iterator[tuple[int, Sequence[Pair]]]:
+    """Runs of up to `size` neighbours of one shape, with the first one's number."""
+    start = 0
+    for end in range(1, len(pairs) + 1):
+        if end == len(pairs) or end - start == size or _shape(pairs[end]) != _shape(pairs[start]):
+            yield start, pairs[start:end]
+            start = end
+
+
+def _shape(pair: Pair) -> tuple[int, int]:
+    return len(pair.clean_ids), len(pair.answer_ids)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the block; each module's own mode is restored."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

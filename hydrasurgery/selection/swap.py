@@ -1,0 +1,118 @@
+"""The swap check: heads give way to their calibrated linear stand-ins, and the answer is measured again.
+
+This is the confirming measurement: it asks for sensitivity to conversion, which is not the same as importance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hydrasurgery.calibration import LastAttention, LinearFit, linear_head
+from hydrasurgery.evaluation.tasks import Pair
+from hydrasurgery.layers import l2_norm
+from hydrasurgery.plan import Plan
+from hydrasurgery.selection.bench import Bench, Edit, Run, divergence, effects, open_bench, readout
+
+
+def swap(bench: Bench) -> dict[str, Tensor]:
+    """Share of the corruption's effect on the readout that is lost by the stand-in, other heads running, [P, H]."""
+    return _swap(bench, None)
+
+
+def swap_divergence(bench: Bench) -> dict[str, Tensor]:
+    """KL(clean || swapped) of the answer's tokens in nats, [P, H]; it sees harm that leaves the readout's lead alone."""
+    return _swap(bench, divergence)
+
+
+def _swap(bench: Bench, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[str, Tensor]:
+    fits = bench.fits
+    with LastAttention() as last:
+
+        def change(name: str, rows: list[int], heads: list[int]) -> Tensor:
+            return stand_in(last, fits[name], rows, heads)
+
+        return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True, lost=lost), whole=True)
+
+
+def stand_in(last: LastAttention, fit: LinearFit, rows: list[int], heads: list[int]) -> Tensor:
+    """gamma * RMSNorm(linear attention) of some heads in some rows of the latest attention: [N, T, V]."""
+    shared = [head * last.k.shape[1] // last.q.shape[1] for head in heads]
+    q, k, v = last.q[rows, heads], last.k[rows, shared], last.v[rows, shared]
+    q, k, v = (x.transpose(0, 1)[None].float() for x in (l2_norm(q), l2_norm(k), v))  # [1, T, N, K]
+    out = linear_head(q, k, v, fit.half_life[heads], fit.beta[heads]) * fit.gamma[heads, None]
+    return torch.movedim(out[0], 1, 0)
+
+
+@dataclass(frozen=True)
+class SwapCheck:
+    """What is left of a plan's answers when its linear heads are stand-ins, before any training.
+
+    Attributes:
+        accuracy: Share of the pairs that the clean model answers whose whole answer is still right.
+        lead: Mean of m(swapped) / m(clean) of the readout (eq. 9): 1 nothing is lost, 0 answer and distractor are equal.
+        divergence: KL(clean || swapped) at the answer's tokens, nats.
+    """
+
+    accuracy: float
+    lead: float
+    divergence: float
+
+
+def swap_check(
+    model: nn.Module, plans: Mapping[str, Plan], pairs: Sequence[Pair], *, batch_size: int = 4, rows: int = 64
+) -> dict[str, SwapCheck]:
+    """Measure plans on a teacher without rewriting it: what calibrated hybrids answer before any training.
+
+    Args:
+        batch_size: Prompts run together, twice.
+        rows: Plans that are replayed together, each on a whole prompt: the bound on memory.
+
+    Raises:
+        ProbeError: no pair that the clean model answers.
+        PlanError: a plan is for another model.
+    """
+    with open_bench(model, pairs, batch_size=batch_size, rows=rows) as bench:
+        for plan in plans.values():
+            plan.validate(bench.regions)
+        linear = {
+            name: torch.tensor([[kind != "full" for kind in plan.layers[number].kinds] for plan in plans.values()])
+            for number, name in enumerate(bench.taps)
+        }
+        with LastAttention() as last:
+            found = bench.measure(lambda pair, run: {"all": _answers(bench, pair, run, linear, last)}, whole=True)[
+                "all"
+            ]
+    return {name: SwapCheck(*row) for name, row in zip(plans, found.double().mean(0).tolist(), strict=True)}
+
+
+def _answers(bench: Bench, pair: Pair, run: Run, linear: dict[str, Tensor], last: LastAttention) -> Tensor:
+    """Right or wrong, lead and divergence of every plan on one pair, [N, 3]; `linear` is [N, H] a layer."""
+
+    def parts() -> Iterator[Tensor]:
+        for start in range(0, len(next(iter(linear.values()))), bench.rows):
+            masks = {name: mask[start : start + bench.rows] for name, mask in linear.items()}
+            count = len(next(iter(masks.values())))
+            logits = bench.replay(run, count, _swapped(bench, masks, last))
+            right = (logits.argmax(-1).cpu() == pair.answer_ids).all(-1).float()
+            lead = readout(logits, pair) / readout(run.clean_logits, pair)
+            lost = divergence(torch.cat([run.clean_logits[None], logits]), pair)
+            yield torch.stack([right, lead.cpu(), lost.cpu()], 1)
+
+    return torch.cat(list(parts()))
+
+
+def _swapped(bench: Bench, masks: dict[str, Tensor], last: LastAttention) -> Edit:
+    fits = bench.fits
+
+    def edit(name: str, output: Tensor) -> Tensor:
+        rows, heads = (at.tolist() for at in masks[name].nonzero(as_tuple=True))
+        out = output.clone()
+        if rows:
+            out[rows, :, heads] = stand_in(last, fits[name], rows, heads).to(out.dtype)
+        return out
+
+    return edit
