@@ -17,8 +17,9 @@ from hydrasurgery.plan import Plan, plan_heads
 from hydrasurgery.transfer import Recipe, Stage, addition_names
 from tests.families import tiny
 
-COMMANDS = ("inspect", "score", "plan", "rewrite", "distill", "eval", "generate", "kernels", "bench", "demo")
-COMMANDS = ("inspect", "score", "plan", "compare", "plot", "rewrite", "distill", "eval", "generate", "demo")
+COMMANDS = """
+inspect score plan compare plot rewrite distill eval generate kernels bench demo
+""".split()
 WEIGHTS = "model.safetensors"
 
 
