@@ -1,7 +1,7 @@
 """hydrasurgery: turn a pretrained decoder into a long-context hybrid of softmax and linear attention heads."""
 
 from hydrasurgery import ops, pretrained
-from hydrasurgery.export import OnnxDecoder, export_onnx
+from hydrasurgery.export import OnnxDecoder, export_onnx, export_pt2
 from hydrasurgery.forecast import forecast
 from hydrasurgery.plan import Plan, plan_heads
 from hydrasurgery.regions import Region, capture, head_taps, region_modules, regions, register_interface, restore
@@ -22,6 +22,7 @@ __all__ = [
     "capture",
     "distill",
     "export_onnx",
+    "export_pt2",
     "forecast",
     "head_taps",
     "ops",

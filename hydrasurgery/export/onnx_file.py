@@ -183,8 +183,7 @@ def _finish(graph: Any, traced: Traced, target: Any, opset: int, model: Any) -> 
             node.domain = target.domain
         for value in node.outputs:
             value.metadata_props.clear()
-    for function in graph.functions.values():
-        function.metadata_props.clear()
+    _equal_types(graph.graph)
     graph.opset_imports.pop(PENDING, None)
     # From 23 on the operators in use gained types and inputs, and changed in nothing that is used here.
     graph.opset_imports[""] = opset
@@ -193,6 +192,19 @@ def _finish(graph: Any, traced: Traced, target: Any, opset: int, model: Any) -> 
     graph.metadata_props["hydrasurgery.target"] = target.name
     graph.metadata_props["hydrasurgery.eos_token_ids"] = json.dumps([] if eos is None else eos if isinstance(eos, list) else [eos])
     graph.producer_name = "hydrasurgery"
+
+
+def _equal_types(graph: Any) -> None:
+    """RMSNormalization of one float type and scale of another: ONNX allows it, its own shape inference does not."""
+    import onnx_ir as ir
+
+    for node in list(graph.all_nodes()):
+        if node.op_type == "RMSNormalization" and node.inputs[0].dtype != node.inputs[1].dtype:
+            x, scale = node.inputs
+            cast = ir.node("Cast", [x], attributes={"to": int(scale.dtype)})
+            cast.outputs[0].dtype, cast.outputs[0].shape = scale.dtype, x.shape
+            node.graph.insert_before(node, cast)
+            node.replace_input_with(0, cast.outputs[0])
 
 
 def _name_dimensions(graph: Any, traced: Traced) -> None:

@@ -22,6 +22,7 @@ from hydrasurgery.regions import refuse_known, using_hydra_attention
 
 GROWING = ("key", "value")  # states whose dimension 2 is the number of tokens seen; the others have a constant size
 BATCH, LENGTH, PAST = 3, 5, 7  # of the traced example: three sizes that no other dimension is taken for
+LIMIT = 2**30  # of every free size
 
 
 @dataclass(frozen=True)
@@ -187,15 +188,16 @@ def trace(model: Any, cache: bool = True) -> Traced:
 
 def _example(slots: tuple[Slot, ...] | None, device: torch.device) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments of the traced call, and which of their dimensions are free."""
-    free = torch.export.Dim.AUTO
+    batch, length, past_length = (torch.export.Dim(n, min=0, max=LIMIT) for n in ("batch", "length", "past"))
+    total = torch.export.Dim.AUTO  # past + length, which a Dim cannot say
     past = 0 if slots is None else PAST
     ids = torch.ones(BATCH, LENGTH, dtype=torch.long, device=device)
     mask = torch.ones(BATCH, past + LENGTH, dtype=torch.long, device=device)
     positions = torch.arange(past, past + LENGTH, device=device).expand(BATCH, -1).contiguous()
     states = tuple(slot.empty(BATCH, PAST).to(device) for slot in slots or ())
-    sizes = tuple({0: free, 2: free} if slot.growing else {0: free} for slot in slots or ())
-    plain = {0: free, 1: free}
-    return (ids, mask, positions, states), (plain, plain, plain, sizes)
+    sizes = tuple({0: batch, 2: past_length} if slot.growing else {0: batch} for slot in slots or ())
+    tokens = {0: batch, 1: length}
+    return (ids, mask, positions, states), (tokens, {0: batch, 1: total}, tokens, sizes)
 
 
 def _export(name: str, decoder: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> Any:
