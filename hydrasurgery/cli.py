@@ -248,7 +248,9 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    onnx: Annotated[Path | None, typer.Option(help="Run this export in ONNX Runtime; MODEL gives the tokenizer.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Run this export in ONNX Runtime; MODEL gives the tokenizer.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Continue a prompt, always with the likeliest token.

@@ -37,7 +37,9 @@ def prompt(length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def torch_decode(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> tuple[list[np.ndarray], torch.Tensor]:
+def torch_decode(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int
+) -> tuple[list[np.ndarray], torch.Tensor]:
     """Logits of the prompt and of each step of greedy decoding, and all tokens."""
     cache, new, logits = DynamicCache(config=model.config), ids, []
     for _ in range(steps + 1):

@@ -22,7 +22,11 @@ TRIED = ((2, 5), (3, 8))  # values that the free sizes of a mask are given, in t
 
 
 def hydra(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph; called by torch.compile.
 

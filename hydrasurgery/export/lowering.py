@@ -88,9 +88,7 @@ class Lowering:
             return op.Transpose(out[0], perm=[0, 2, 1, 3])
         if mask is None:
             raise ExportError("attention with a window, a softcap or sinks needs a mask; export with an attention_mask")
-        why = " and ".join(
-            word for word, given in (("a softcap", softcap), ("sinks", sinks)) if given is not None
-        )
+        why = " and ".join(word for word, given in (("a softcap", softcap), ("sinks", sinks)) if given is not None)
         self.fallbacks[f"attention with {why}: MatMul and Softmax"] += 1
         return self._decomposed(q, k, v, mask, sinks, scale, softcap)
 

@@ -45,7 +45,9 @@ class OnnxExport:
     fallbacks: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: ONNX opset {self.opset} for {self.target}, {self.bytes:,} bytes, {len(self.states)} states"]
+        lines = [
+            f"{self.path}: ONNX opset {self.opset} for {self.target}, {self.bytes:,} bytes, {len(self.states)} states"
+        ]
         lines += [f"  decomposed: {what} ({count} times)" for what, count in self.fallbacks.items()]
         return "\n".join(lines)
 
@@ -115,14 +117,18 @@ def _check_opset(target: Any, opset: int | None) -> int:
     if opset < target.opset:
         raise ExportError(f"opset {opset} is too old: target {target.name} needs {target.opset} or newer")
     if opset > onnx.defs.onnx_opset_version():
-        raise ExportError(f"opset {opset} is unknown to onnx {onnx.__version__}, which ends at {onnx.defs.onnx_opset_version()}")
+        raise ExportError(
+            f"opset {opset} is unknown to onnx {onnx.__version__}, which ends at {onnx.defs.onnx_opset_version()}"
+        )
     return opset
 
 
 def _check_dtype(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in DTYPES:
-            raise ExportError(f"{name} is {parameter.dtype}; LinearAttention takes float32, float16 and bfloat16: convert the model")
+            raise ExportError(
+                f"{name} is {parameter.dtype}; LinearAttention takes float32, float16 and bfloat16: convert the model"
+            )
 
 
 def _convert(name: str, traced: Traced, lowering: Any) -> Any:
@@ -190,7 +196,9 @@ def _finish(graph: Any, traced: Traced, target: Any, opset: int, model: Any) -> 
     _name_dimensions(graph.graph, traced)
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     graph.metadata_props["hydrasurgery.target"] = target.name
-    graph.metadata_props["hydrasurgery.eos_token_ids"] = json.dumps([] if eos is None else eos if isinstance(eos, list) else [eos])
+    graph.metadata_props["hydrasurgery.eos_token_ids"] = json.dumps(
+        [] if eos is None else eos if isinstance(eos, list) else [eos]
+    )
     graph.producer_name = "hydrasurgery"
 
 

@@ -31,7 +31,7 @@ class Pt2Export:
 def export_pt2(model: Any, path: str | os.PathLike[str], *, cache: bool = True, verbose: bool = True) -> Pt2Export:
     """Write `model` as a `.pt2` file; nothing is written if anything fails.
 
-    In a process that has run `import hydrasurgery.ops` (and nothing else of this library)
+    In a process that has run `import hydrasurgery.ops`, which registers the ops (no model and no pass is needed),
 
         program = torch.export.load(path).module()
         logits, *present = program(input_ids, attention_mask, position_ids, past)
