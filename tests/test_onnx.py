@@ -12,12 +12,16 @@ import torch
 from transformers import DynamicCache
 
 import hydrasurgery as hs
+from hydrasurgery import ops
 from hydrasurgery.errors import ExportError, UnsupportedModelError
 from tests.families import FusedAttention, PlainDecoder, tiny
 from tests.test_families import half_plan, stir
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+from hydrasurgery.export.lowering import TARGETS, Lowering  # noqa: E402  (imports onnx)
+
 ONNX_FAMILIES = "qwen3 llama gemma2 gemma3_text phi3 mixtral gpt2 olmo2".split()
 TWO_LAYERS = ("qwen3", "gemma2", "gemma3_text")  # the last two have layers of two kinds
 
@@ -178,6 +182,54 @@ def test_an_op_that_the_target_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"cannot express hydra\.of_another_kind"):
         hs.export_onnx(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class EveryOp(torch.nn.Module):
+    """What no tiny family has: each rule, a decay a channel, sinks with and without a softcap, additive masks, all heads normalised."""
+
+    def forward(self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, decay: Any, beta: Any, gamma: Any) -> Any:
+        tokens = (
+            q.transpose(1, 2),
+            k.repeat_interleave(2, 1).transpose(1, 2),
+            v.repeat_interleave(2, 1).transpose(1, 2),
+        )
+        additive = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        full = [
+            ops.attention(q, k, v, mask, sinks),
+            ops.attention(q, k, v, additive, sinks, softcap=2.0),
+            ops.attention(q, k, v, additive),
+            ops.attention(q, k, v, scale=0.3),
+        ]
+        linear = [
+            ops.linear_attention(*tokens, rule="linear")[0],
+            ops.linear_attention(*tokens, decay[..., 0], rule="gated", scale=0.5)[0],
+            ops.linear_attention(*tokens, None, beta, rule="delta")[0],
+            *ops.linear_attention(*tokens, decay, beta, rule="gated_delta"),
+        ]
+        fused = ops.scale_norm_fusion(full[0], linear[0], gamma, linear_heads=(1, 2, 4, 7), norm_full=True)
+        only = ops.scale_norm_fusion(None, linear[3], gamma[:4], beta[..., None], linear_heads=(0, 1, 2, 3))
+        return (*full, *linear, fused, only)
+
+
+def test_what_no_family_has(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[0, :, :, :2] &= torch.eye(6, 2, dtype=torch.bool)
+    decay, beta = -torch.rand(2, 6, 4, 8), torch.rand(2, 6, 4)
+    arguments = (q, k / 3, v, mask, torch.randn(4), decay, beta, torch.randn(8))
+    lowering = Lowering(TARGETS["onnxruntime"])
+    table, path = lowering.table(), tmp_path / "ops.onnx"
+    torch.onnx.export(EveryOp(), arguments, path, custom_translation_table=table, opset_version=23, verbose=False)
+    assert set(lowering.fallbacks) == {
+        "attention with sinks: MatMul and Softmax",
+        "attention with a softcap and sinks: MatMul and Softmax",
+    }
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    got = session.run(None, {n: a.numpy() for n, a in zip(names, arguments, strict=True)})
+    for number, (a, b) in enumerate(zip(got, EveryOp()(*arguments), strict=True)):
+        assert np.allclose(a, b.numpy(), atol=1e-5), number
 
 
 def test_another_file_is_no_decoder(tmp_path: Path) -> None:

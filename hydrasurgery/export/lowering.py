@@ -1,4 +1,7 @@
-"""legalize-onnx: each op of the dialect as ONNX operators of a target. What the target has no operator for is decomposed and noted."""
+"""legalize-onnx: each op of the dialect as ONNX operators of a target.
+
+What the target has no operator for is decomposed and noted.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +162,7 @@ class Lowering:
         return op.Reshape(op.CastLike(out, v), op.Constant(value_ints=[0, 0, heads, width])), present
 
     def causal_conv(self, x: Any, weight: Any, state: Any, reset: Any) -> tuple[Any, Any]:
-        """x [B, T, C] turned to [B, C, T]. `reset` is left out: an attention_mask [B, S] cannot say where a packed document starts."""
+        """x [B, T, C] turned to [B, C, T]. `reset` is left out: an attention_mask [B, S] tells of no packed documents."""
         op = opset23
         taps = op.CastLike(op.Unsqueeze(weight, op.Constant(value_ints=[1])), x)
         channels_first = op.Transpose(x, perm=[0, 2, 1])
