@@ -185,7 +185,7 @@ def test_an_op_that_the_target_lacks_is_named(tmp_path: Path) -> None:
 
 
 class EveryOp(torch.nn.Module):
-    """What no tiny family has: each rule, a decay a channel, sinks with and without a softcap, additive masks, all heads normalised."""
+    """What no tiny family has: each rule, a decay a channel, sinks, a softcap with them, additive masks, all heads normalised."""
 
     def forward(self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, decay: Any, beta: Any, gamma: Any) -> Any:
         tokens = (
@@ -220,7 +220,9 @@ def test_what_no_family_has(tmp_path: Path) -> None:
     arguments = (q, k / 3, v, mask, torch.randn(4), decay, beta, torch.randn(8))
     lowering = Lowering(TARGETS["onnxruntime"])
     table, path = lowering.table(), tmp_path / "ops.onnx"
-    torch.onnx.export(EveryOp(), arguments, path, custom_translation_table=table, opset_version=23, verbose=False)
+    torch.onnx.export(
+        EveryOp().eval(), arguments, path, custom_translation_table=table, opset_version=23, verbose=False
+    )
     assert set(lowering.fallbacks) == {
         "attention with sinks: MatMul and Softmax",
         "attention with a softcap and sinks: MatMul and Softmax",

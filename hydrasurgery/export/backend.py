@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from hydrasurgery.errors import PipelineError
 from hydrasurgery.kernels.attention.reference import visible_keys
 from hydrasurgery.raising import ATTENTION
 
 PIPELINE = "drop-causal-masks"
-TRIED = ((2, 5), (3, 8))  # values that the free sizes of a mask are given, in turn, to see what it is
+LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
 
 
 def hydra(
@@ -50,13 +51,14 @@ def hydra(
         REWRITES[name](graph)
     graph.recompile()
     given = {key: value for key, value in (("mode", mode), ("options", rest)) if value}
-    return lookup_backend(inner)(graph, example_inputs, **given)
+    return lookup_backend(inner)(graph, list(example_inputs), **given)
 
 
 def drop_causal_masks(graph: fx.GraphModule) -> int:
     """An attention whose mask is the causal one, whatever the sizes, gets `causal=True` in its place; says how many did.
 
-    A mask that depends on sizes alone is computed for a few of them and compared. Kernels skip what a causal flag hides, and
+    A mask that depends on sizes alone is computed for short sequences and for some longer than every number in its formula,
+    and compared. Kernels skip what a causal flag hides, and
     the mask [B, 1, T, S] is never made.
     """
     changed = 0
@@ -78,13 +80,18 @@ def drop_causal_masks(graph: fx.GraphModule) -> int:
 def _is_causal(graph: fx.GraphModule, mask: fx.Node) -> bool:
     order = _ancestors(mask)
     free = [n for n in order if n.op == "placeholder"]
-    if any(n.op == "get_attr" for n in order) or any(not _is_size(n) for n in free):
+    if any(n.op == "get_attr" for n in order) or not all(map(_is_size, free)):
         return False
-    return all(_equals_causal(graph, mask, order, dict(zip(free, _cycle(sizes), strict=False))) for sizes in TRIED)
+    largest = max((abs(n) for node in order for n in _numbers(node)), default=0)
+    if largest > LARGEST:
+        return False
+    # A window or a chunk is a number of the formula: only sequences longer than all of them show that there is none.
+    tried = (5, largest + 3) if free else (0,)
+    return all(_equals_causal(graph, mask, order, {node: first + i for i, node in enumerate(free)}) for first in tried)
 
 
-def _cycle(sizes: Sequence[int]) -> list[int]:
-    return [*sizes] * 8
+def _numbers(node: fx.Node) -> list[int]:
+    return [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, int)]
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -112,7 +119,7 @@ def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], s
                     values[node] = sizes[node]
                     continue
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                function = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+                function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
                 values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
     except Exception:  # not made of sizes alone, or these sizes do not fit: nothing is known of this mask
         return False

@@ -16,6 +16,7 @@ from onnxscript import ir, opset23, values
 
 from hydrasurgery.errors import ExportError
 
+op: Any = opset23
 MASKED = -1e30  # a score that softmax takes for nothing, in fp32; finite, so that a row of nothing else is no NaN
 
 
@@ -83,7 +84,6 @@ class Lowering:
         softcap: float | None,
     ) -> Any:
         """[B, H, T, D] -> [B, T, H, Dv]; rows of padding, which may attend to nothing, are finite and not specified."""
-        op = opset23
         scale = int(q.shape[3]) ** -0.5 if scale is None else scale
         square = mask is None and window is None
         if sinks is None and softcap is None and (mask is not None or square):
@@ -100,7 +100,6 @@ class Lowering:
         """A bool mask as the scores' summand, finite: in a row of padding softmax then gives a mean, and no NaN."""
         if mask is None or mask.dtype != ir.DataType.BOOL:
             return mask
-        op = opset23
         low = {ir.DataType.FLOAT16: -6e4}.get(like.dtype, MASKED)
         zero, never = (op.CastLike(op.Constant(value_float=x), like) for x in (0.0, low))
         return op.Where(mask, zero, never)
@@ -108,7 +107,6 @@ class Lowering:
     @staticmethod
     def _decomposed(q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: float, softcap: float | None) -> Any:
         """Query heads of a group are a dimension of their own, so that no key is copied: [B, Hk, G, T, D]. Softmax in fp32."""
-        op = opset23
         heads, dim, groups, width = int(q.shape[1]), int(q.shape[3]), int(k.shape[1]), int(v.shape[3])
         each = heads // groups
         keys = op.Transpose(op.Unsqueeze(k, op.Constant(value_ints=[2])), perm=[0, 1, 2, 4, 3])
@@ -140,7 +138,6 @@ class Lowering:
         self, q: Any, k: Any, v: Any, decay: Any, beta: Any, state: Any, rule: str, scale: float | None
     ) -> tuple[Any, Any]:
         """Heads packed into the last dimension. All in fp32, as the reference computes it: the decay needs its digits."""
-        op = opset23
         heads, dim, width = int(q.shape[2]), int(q.shape[3]), int(v.shape[3])
 
         def pack(x: Any, size: int) -> Any:
@@ -163,7 +160,6 @@ class Lowering:
 
     def causal_conv(self, x: Any, weight: Any, state: Any, reset: Any) -> tuple[Any, Any]:
         """x [B, T, C] turned to [B, C, T]. `reset` is left out: an attention_mask [B, S] tells of no packed documents."""
-        op = opset23
         taps = op.CastLike(op.Unsqueeze(weight, op.Constant(value_ints=[1])), x)
         channels_first = op.Transpose(x, perm=[0, 2, 1])
         y, present = self._operator("CausalConvWithState")(channels_first, taps, None, state, activation="none")
@@ -190,7 +186,6 @@ class Lowering:
         self, o_full: Any, o_linear: Any, gamma: Any, gate: Any, linear_heads: Any, norm_full: bool, eps: float
     ) -> Any:
         """RMSNormalization and products in fp32, then the heads gathered into their slots."""
-        op = opset23
         slots = [int(slot) for slot in linear_heads]
         total = sum(int(o.shape[2]) for o in (o_full, o_linear) if o is not None)
         others = [slot for slot in range(total) if slot not in slots]
@@ -221,4 +216,4 @@ class Lowering:
 
 def _span(start: int, stop: int, axis: int) -> list[Any]:
     """The last three inputs of a Slice."""
-    return [opset23.Constant(value_ints=[value]) for value in (start, stop, axis)]
+    return [op.Constant(value_ints=[value]) for value in (start, stop, axis)]

@@ -219,7 +219,7 @@ def _name_dimensions(graph: Any, traced: Traced) -> None:
     """`batch`, `sequence`, `past` and `total` in place of the exporter's symbols, in every shape."""
     names: dict[str, str] = {}
     slots = traced.slots or ()
-    wanted = [("batch", "sequence"), ("batch", "total"), ("batch", "sequence")]
+    wanted: list[tuple[str | None, ...]] = [("batch", "sequence"), ("batch", "total"), ("batch", "sequence")]
     wanted += [("batch", None, "past" if slot.growing else None) for slot in slots]
     for value, dims in zip(graph.inputs, wanted, strict=True):
         for size, name in zip(value.shape, dims, strict=False):

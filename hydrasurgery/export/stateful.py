@@ -91,7 +91,7 @@ def _fill(slots: tuple[Slot, ...], past: tuple[Tensor, ...], seen: int) -> Any:
     """A cache that holds `past`. Layers with a sliding window keep all keys: the mask does the sliding."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     cache.layers = [HybridLayer() for _ in range(1 + max(slot.layer for slot in slots))]
     for slot, value in zip(slots, past, strict=True):
         layer = cache.layers[slot.layer]
@@ -203,9 +203,10 @@ def _example(slots: tuple[Slot, ...] | None, device: torch.device) -> tuple[tupl
 def _export(name: str, decoder: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> Any:
     from torch.fx.experimental import _config
 
+    settings: Any = _config
     try:
         # Sizes 0 and 1 stay free too: one program takes a whole prompt, one token, and no past.
-        with torch.no_grad(), _config.patch(backed_size_oblivious=True):
+        with torch.no_grad(), settings.patch(backed_size_oblivious=True):
             return torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
     except UnsupportedModelError:
         raise
