@@ -20,7 +20,6 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy hydrasurgery
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hydrasurgery as hs
@@ -24,9 +25,10 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default="hydrahead", help="a preset, or the path of a recipe's JSON file")
     parser.add_argument("--length", type=int, help="tokens of the probes that score the heads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
-    teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32", device_map="auto").eval()
+    teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").to(options.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     scores = hs.score_heads(teacher, tokenizer, length=options.length)
     scores.plot(f"{options.out}-run/heads.png")

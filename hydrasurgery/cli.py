@@ -1,4 +1,4 @@
-"""The command line: look at a model, score its heads, plan, rewrite, distil, evaluate, export and generate."""
+"""The command line: look at a model, score its heads, plan, rewrite, distil, evaluate, generate, export, time the kernels."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def inspect(model: Model) -> None:
         variant = ", ".join(_variant(decoder, region)) or "plain"
         verdicts.append(_verdict(region))
         table.add_row(*map(str, shape), variant, verdicts[-1] or "supported")
-    Console(width=None if Console().is_terminal else 140).print(table)
+    _console(Console).print(table)
     refused = [f"{region.name}: {why}" for region, why in zip(regions, verdicts, strict=True) if why]
     if refused:
         raise UnsupportedModelError(refused[0])
@@ -154,6 +154,10 @@ def rewrite(
     full_norm: Annotated[
         bool, typer.Option("--full-norm", help="Normalise full heads too, as the paper does.")
     ] = False,
+    rule: Annotated[str, typer.Option(help="linear, gated, delta or gated_delta.")] = "gated_delta",
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give linear heads projections of their own, as the paper does.")
+    ] = False,
     calibrate_text: Annotated[Path | None, typer.Option(help="Text to fit the linear heads to the teacher on.")] = None,
 ) -> None:
     """Turn the heads that a plan calls linear into linear attention, and save the untrained hybrid.
@@ -169,7 +173,8 @@ def rewrite(
     teacher = load_model(model)
     tokenizer = load_tokenizer(model, teacher)
     try:
-        hybrid = rewrite_heads(teacher, chosen, full_norm="paper" if full_norm else "exact")
+        norm = "paper" if full_norm else "exact"
+        hybrid = rewrite_heads(teacher, chosen, full_norm=norm, rule=rule, untie=untie)
     except PlanError as error:
         raise PlanError(f"{plan}: {error}") from error
     if text is not None:
@@ -191,7 +196,7 @@ def distill(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a hybrid to follow its teacher; the weights are trained in float32.
+    """Train a hybrid to follow its teacher; the weights are trained and saved in float32.
 
     Example: hydrasurgery distill hybrid --teacher Qwen/Qwen3-0.6B --data book.txt --recipe demo --out run
     """
@@ -257,12 +262,15 @@ def generate(
 
     Example: hydrasurgery generate run/model --prompt "The for statement is used to" --max-new-tokens 32
     """
+    from hydrasurgery.evaluation.metrics import check_length
+
     if onnx is not None:
         typer.echo(_generate_onnx(onnx, load_tokenizer(model), prompt, max_new_tokens))
         return
     decoder = _on(load_model(model), device)
     tokenizer = load_tokenizer(model, decoder)
     inputs = _encode(tokenizer, prompt).to(decoder.device)
+    check_length([decoder], inputs["input_ids"].shape[1] + max_new_tokens)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = decoder.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
     typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))
@@ -291,6 +299,75 @@ def export(
         export_pt2(decoder, out, cache=not no_cache)
     else:
         export_onnx(decoder, out, target=target, cache=not no_cache)
+
+
+@app.command()
+def kernels(
+    device: Device = "auto",
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
+) -> None:
+    """Show which kernel runs each operator on this machine, and for each other one why it does not.
+
+    Example: hydrasurgery kernels --head-dim 64
+    """
+    from rich.console import Console
+
+    from hydrasurgery.bench.report import kernels_table
+    from hydrasurgery.kernels.registry import machine_of
+
+    _console(Console).print(kernels_table(machine_of(_device(device)), head_dim))
+
+
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None, typer.Argument(metavar="[SUITE]...", help="Suites; all if none is named.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens or sequences, instead of the suite's own.")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A contender to leave out, such as fla.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CUDA).")] = False,
+    out: Annotated[Path | None, typer.Option(help="A JSON file of all that was measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A PNG of times over sizes.")] = None,
+) -> None:
+    """Time the kernels against their peers and against the floor of this machine; each is checked before it is timed.
+
+    A CPU runs sizes of at most 1024 unless --size says otherwise.
+
+    Example: hydrasurgery bench fusion-forward decode --out bench.json --plot bench.png
+    """
+    from rich.console import Console
+
+    from hydrasurgery.bench import SUITES
+    from hydrasurgery.bench import bench as measure
+    from hydrasurgery.bench.report import bench_table
+    from hydrasurgery.bench.report import plot as draw
+    from hydrasurgery.bench.run import TOLERANCE
+    from hydrasurgery.bench.run import cold as first_calls
+
+    names = suites or list(SUITES)
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        raise typer.BadParameter(f"no suite is called {unknown[0]!r}; there are {', '.join(SUITES)}")
+    types = {str(known).removeprefix("torch."): known for known in TOLERANCE}
+    if dtype not in types:
+        raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(types)}")
+    console, place = _console(Console), _device(device)
+    rows = []
+    with console.status("measuring") as status:
+        for row in measure(names, place, dtype=types[dtype], sizes=size, skip=skip or ()):
+            rows.append(row)
+            status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
+        if cold and place.type == "cuda":
+            rows += [first_calls(name, "hydra") for name in names if name != "layer"]
+    console.print(bench_table(rows))
+    if out is not None:
+        atomic_write_json(out, rows)
+    if plot is not None:
+        draw(rows, plot)
 
 
 @app.command()
@@ -344,10 +421,18 @@ def _verdict(region: Region) -> str:
     return ""
 
 
+def _console(kind: Any) -> Any:
+    """Wide enough for the tables where the output is no terminal."""
+    return kind(width=None if kind().is_terminal else 140)
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def _on(model: Any, device: str) -> Any:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        return model.to(name)
+        return model.to(_device(device))
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise typer.BadParameter(f"--device {device}: {error}") from error
 

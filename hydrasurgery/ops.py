@@ -1,10 +1,11 @@
-"""The dialect: four pure operators that every region graph is written in, and two helpers on heads and tokens.
+"""The dialect: four pure operators that every region graph is written in, a fifth that decodes one token through several of
+them at once, and two helpers on heads and tokens.
 
 An operator is `torch.ops.hydra.<name>`: a schema, a fake kernel, an analytic backward that is an operator too
-(`hydra::<name>_backward`), and the reference kernel of `hydrasurgery.kernels.<name>` for every device. Layouts and meanings follow
-ONNX where ONNX has the operator. The function of the same name here checks shapes and says what is wrong; graphs call the
-operator itself. Inside, arithmetic is fp32 (fp64 for fp64 inputs); autocast has no say in it, except that it lowers the q, k, v
-of `attention`, as it does for PyTorch's own attention.
+(`hydra::<name>_backward`; decoding has none), and kernels in `hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses
+one for each call. Layouts and meanings follow ONNX where ONNX has the operator. The function of the same name here checks
+shapes and says what is wrong; graphs call the operator itself. Inside, arithmetic is fp32 (fp64 for fp64 inputs); autocast has
+no say in it, except that it lowers the q, k, v of `attention`, as it does for PyTorch's own attention.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrasurgery.kernels.attention import reference as _attention_kernel
-from hydrasurgery.kernels.causal_conv import reference as _causal_conv_kernel
-from hydrasurgery.kernels.linear_attention import reference as _linear_attention_kernel
-from hydrasurgery.kernels.scale_norm_fusion import reference as _scale_norm_fusion_kernel
+from hydrasurgery.kernels import registry
+from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES
 
-__all__ = ["RULES", "attention", "causal_conv", "linear_attention", "scale_norm_fusion", "select_heads", "token_flags"]
+__all__ = [
+    "RULES",
+    "attention",
+    "causal_conv",
+    "decode_step",
+    "linear_attention",
+    "scale_norm_fusion",
+    "select_heads",
+    "token_flags",
+]
 
+MASKED = -1.0e4  # what additive masks hold where a token may not attend is this or less, in every dtype
 RULES = ("linear", "gated", "delta", "gated_delta")
 
 
@@ -124,9 +133,9 @@ def linear_attention(
     _expect("k", k, (batch, length, heads, channels))
     _expect("v", v, (batch, length, heads, None))
     _check_rule(rule, decay, beta)
-    if rule not in _linear_attention_kernel.DECAY_RULES and decay is not None:
+    if rule not in DECAY_RULES and decay is not None:
         raise ValueError(f"decay is given, but rule {rule!r} does not use it: leave it out or choose a gated rule")
-    if rule not in _linear_attention_kernel.DELTA_RULES and beta is not None:
+    if rule not in DELTA_RULES and beta is not None:
         raise ValueError(f"beta is given, but rule {rule!r} does not use it: leave it out or choose a delta rule")
     if decay is not None:
         _expect("decay", decay, (batch, length, heads) if decay.dim() == 3 else (batch, length, heads, channels))
@@ -217,6 +226,92 @@ def scale_norm_fusion(
     )
 
 
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    gate: Tensor | None,
+    gamma: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    conv_weights: Sequence[Tensor] = (),
+    *,
+    state: Tensor,
+    conv_states: Sequence[Tensor] = (),
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """One token through a layer's linear heads (rule gated_delta), from short convolution to output gate; inference only.
+
+    q, k, v <- x + causal_conv(x); q, k <- L2-normalised; o, S <- the recurrence of `linear_attention`;
+    out = gamma RMSNorm(o) 2 sigmoid(gate). With `A_log` the gates are computed here:
+    decay <- -exp(A_log) softplus(decay + dt_bias) and beta <- sigmoid(beta).
+
+    Args:
+        q: [B, H, K].
+        k: [B, H, K].
+        v: [B, H, V].
+        decay: [B, H], the log decay, or with `A_log` its pre-activation.
+        beta: [B, H], the write strength, or with `A_log` its pre-activation.
+        gate: [B, H], the output gate's pre-activation; no gate if None.
+        gamma: [H], the scale of the normalised outputs.
+        A_log: [H], together with `dt_bias` or not at all.
+        dt_bias: [H].
+        conv_weights: of q [H * K, W], k [H * K, W] and v [H * V, W]; empty: no convolution.
+        state: [B, H, K, V] fp32, contiguous, **updated in place**.
+        conv_states: of q, k and v, [B, H * K or H * V, W - 1] each, contiguous, **updated in place**.
+        scale: of the outputs before their norm; K ** -0.5 if None.
+        eps: added to the mean square of the outputs.
+
+    Returns:
+        [B, H, V] in v's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or stride does not fit; the message names the argument.
+    """
+    _expect("q", q, (None, None, None))
+    batch, heads, channels = q.shape
+    _expect("k", k, (batch, heads, channels))
+    _expect("v", v, (batch, heads, None))
+    for name, x in (("decay", decay), ("beta", beta), ("gate", gate)):
+        if x is not None:
+            _expect(name, x, (batch, heads))
+    for name, x in (("gamma", gamma), ("A_log", A_log), ("dt_bias", dt_bias)):
+        if x is not None:
+            _expect(name, x, (heads,))
+    if (A_log is None) != (dt_bias is None):
+        raise ValueError("A_log and dt_bias belong together: give both or neither")
+    _expect("state", state, (batch, heads, channels, v.shape[-1]))
+    if len(conv_weights) not in (0, 3) or len(conv_states) != len(conv_weights):
+        raise ValueError(
+            "conv_weights and conv_states must be those of q, k and v, or empty, "
+            f"found {len(conv_weights)} and {len(conv_states)}"
+        )
+    for weight, past, x in zip(conv_weights, conv_states, (q, k, v), strict=False):
+        _expect("conv_weights", weight, (heads * x.shape[-1], conv_weights[0].shape[1]))
+        _expect("conv_states", past, (batch, heads * x.shape[-1], conv_weights[0].shape[1] - 1))
+    if not all(x.is_contiguous() for x in (state, *conv_states)):
+        raise ValueError("state and conv_states must be contiguous: they are updated in place")
+    return torch.ops.hydra.decode_step.default(
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        gate,
+        gamma,
+        A_log,
+        dt_bias,
+        list(conv_weights),
+        state,
+        list(conv_states),
+        scale=scale,
+        eps=eps,
+    )
+
+
 def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
     """The slices `heads` of x along `dim`, in that order, a head any number of times: (0, 0, 1, 1) repeats each of two.
 
@@ -246,7 +341,7 @@ def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Ten
     `reset[t]`: t is valid and may not attend to the key before it (False if there is none). The mask's first head is read.
 
     Args:
-        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (below half the dtype's minimum = may not), or None.
+        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (-1e4 or less = may not), or None.
         hidden_states: [B, T, ...]; only its shape and device are used.
 
     Returns:
@@ -266,7 +361,7 @@ def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Ten
 
 
 def _may_attend(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask if mask.dtype == torch.bool else mask > MASKED
 
 
 def _expect(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -294,9 +389,9 @@ def _expect_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
 def _check_rule(rule: str, decay: Tensor | None, beta: Tensor | None) -> None:
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
-    if rule in _linear_attention_kernel.DECAY_RULES and decay is None:
+    if rule in DECAY_RULES and decay is None:
         raise ValueError(f"decay is missing: rule {rule!r} needs it, [B, T, H] or [B, T, H, K]")
-    if rule in _linear_attention_kernel.DELTA_RULES and beta is None:
+    if rule in DELTA_RULES and beta is None:
         raise ValueError(f"beta is missing: rule {rule!r} needs it, [B, T, H]")
 
 
@@ -343,10 +438,10 @@ _ATTENTION_OPTIONS = "float? scale=None, bool causal=True, int? window=None, flo
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
 )
 def _attention(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    options = {"causal": causal, "window": window, "softcap": softcap}
+    case = registry.attention_case("forward", q, k, v, mask, sinks, **options)
     with _full_precision(q):
-        out = _attention_kernel.forward(
-            q, k, v, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap
-        )
+        out = registry.kernel("attention", case, q.device).forward(q, k, v, mask, sinks, scale=scale, **options)
     return _exact(out)
 
 
@@ -362,10 +457,11 @@ def _(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, s
     f"{_ATTENTION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention_backward(grad, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    options = {"causal": causal, "window": window, "softcap": softcap}
+    case = registry.attention_case("backward", q, k, v, mask, sinks, **options)
+    backward = registry.kernel("attention", case, q.device).backward
     with _full_precision(q):
-        dq, dk, dv, dsinks = _attention_kernel.backward(
-            grad, q, k, v, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap
-        )
+        dq, dk, dv, dsinks = backward(grad, q, k, v, mask, sinks, scale=scale, **options)
     return _exact(dq), _exact(dk), _exact(dv), _or_empty(dsinks, q)
 
 
@@ -400,8 +496,10 @@ _LINEAR_OPTIONS = 'str rule="gated_delta", float? scale=None'
 )
 def _linear_attention(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
+    case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule)
+    forward = registry.kernel("linear_attention", case, q.device).forward
     with _full_precision(q):
-        o, final = _linear_attention_kernel.forward(q, k, v, decay, beta, state, rule=rule, scale=scale)
+        o, final = forward(q, k, v, decay, beta, state, rule=rule, scale=scale)
     return _exact(o), _exact(final)
 
 
@@ -421,10 +519,10 @@ def _(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=N
 def _linear_attention_backward(
     grad_o, grad_state, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None
 ):
+    case = registry.linear_attention_case("backward", q, k, v, decay, state, rule=rule)
+    backward = registry.kernel("linear_attention", case, q.device).backward
     with _full_precision(q):
-        grads = _linear_attention_kernel.backward(
-            grad_o, grad_state, q, k, v, decay, beta, state, rule=rule, scale=scale
-        )
+        grads = backward(grad_o, grad_state, q, k, v, decay, beta, state, rule=rule, scale=scale)
     return tuple(_or_empty(grad, q) for grad in grads)
 
 
@@ -453,8 +551,9 @@ _CONV_INPUTS = "Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None"
 
 @torch.library.custom_op("hydra::causal_conv", mutates_args=(), schema=f"({_CONV_INPUTS}) -> (Tensor y, Tensor state)")
 def _causal_conv(x, weight, state=None, reset=None):
+    case = registry.causal_conv_case("forward", x, weight, state, reset)
     with _full_precision(x):
-        y, tail = _causal_conv_kernel.forward(x, weight, state, reset)
+        y, tail = registry.kernel("causal_conv", case, x.device).forward(x, weight, state, reset)
     return _exact(y), _exact(tail)
 
 
@@ -469,8 +568,9 @@ def _(x, weight, state=None, reset=None):
     schema=f"(Tensor grad, Tensor grad_state, {_CONV_INPUTS}) -> (Tensor, Tensor, Tensor)",
 )
 def _causal_conv_backward(grad, grad_state, x, weight, state=None, reset=None):
+    case = registry.causal_conv_case("backward", x, weight, state, reset)
     with _full_precision(x):
-        grads = _causal_conv_kernel.backward(grad, grad_state, x, weight, state, reset)
+        grads = registry.kernel("causal_conv", case, x.device).backward(grad, grad_state, x, weight, state, reset)
     return tuple(_or_empty(part, x) for part in grads)
 
 
@@ -502,10 +602,10 @@ _FUSION_OPTIONS = "int[] linear_heads, bool norm_full=False, float eps=1e-6"
     "hydra::scale_norm_fusion", mutates_args=(), schema=f"({_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> Tensor"
 )
 def _scale_norm_fusion(o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=1e-6):
+    case = registry.scale_norm_fusion_case("forward", o_full, o_linear)
+    forward = registry.kernel("scale_norm_fusion", case, gamma.device).forward
     with _full_precision(gamma):
-        return _scale_norm_fusion_kernel.forward(
-            o_full, o_linear, gamma, gate, linear_heads=linear_heads, norm_full=norm_full, eps=eps
-        )
+        return forward(o_full, o_linear, gamma, gate, linear_heads=linear_heads, norm_full=norm_full, eps=eps)
 
 
 @_scale_norm_fusion.register_fake
@@ -522,10 +622,10 @@ def _(o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=
     schema=f"(Tensor grad, {_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _scale_norm_fusion_backward(grad, o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=1e-6):
+    case = registry.scale_norm_fusion_case("backward", o_full, o_linear)
+    backward = registry.kernel("scale_norm_fusion", case, gamma.device).backward
     with _full_precision(gamma):
-        grads = _scale_norm_fusion_kernel.backward(
-            grad, o_full, o_linear, gamma, gate, linear_heads=linear_heads, norm_full=norm_full, eps=eps
-        )
+        grads = backward(grad, o_full, o_linear, gamma, gate, linear_heads=linear_heads, norm_full=norm_full, eps=eps)
     return tuple(_or_empty(part, grad) for part in grads)
 
 
@@ -545,6 +645,30 @@ def _scale_norm_fusion_grads(ctx, grad):
 
 
 _scale_norm_fusion.register_autograd(_scale_norm_fusion_grads, setup_context=_scale_norm_fusion_setup)
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "hydra::decode_step",
+    mutates_args=("state", "conv_states"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor? gate, Tensor gamma, Tensor? A_log, Tensor? dt_bias, "
+    "Tensor[] conv_weights, Tensor(a!) state, Tensor(b!)[] conv_states, *, float? scale=None, float eps=1e-6) -> Tensor",
+)
+def _decode_step(
+    q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, *, scale=None, eps=1e-6
+):
+    case = registry.decode_step_case(q, v, conv_weights[0].shape[1] if conv_weights else 0)
+    forward = registry.kernel("decode_step", case, q.device).forward
+    inputs = (q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states)
+    with _full_precision(q):
+        return _exact(forward(*inputs, scale=scale, eps=eps))
+
+
+@_decode_step.register_fake
+def _(q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, *, scale=None, eps=1e-6):
+    return _fake(v)
 
 
 # --- autocast ----------------------------------------------------------------------------------------------------------------

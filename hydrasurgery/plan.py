@@ -225,6 +225,12 @@ class Plan:
                     f"{source}: layer {layer.name} splits KV group {split[0]} (heads {heads[0]}-{heads[-1]}) although "
                     "the unit is kv-group. Give the heads of a group one kind, or set the unit to head."
                 )
+            units = [{layer.kinds[head] for head in heads} == {FULL} for heads in _units(layer, self.unit)]
+            if sum(units) < self.min_full_per_layer:
+                raise PlanError(
+                    f"{source}: layer {layer.name} keeps {sum(units)} full units of {self.unit}, but the plan promises "
+                    f"{self.min_full_per_layer} a layer. Add a full head, or set min_full_per_layer to 0."
+                )
 
     def __str__(self) -> str:
         header = _header(self)

@@ -15,8 +15,9 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hydrasurgery.errors import CheckpointError, HydraError
+from hydrasurgery.errors import CheckpointError, HydraError, UnsupportedModelError
 from hydrasurgery.plan import Plan
+from hydrasurgery.regions import region_modules
 
 METHOD = "hydrasurgery"
 
@@ -50,6 +51,25 @@ class HydraSurgeon(HfQuantizer):
             ) from error
         return model
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        name = type(model).__name__
+        for region, module in region_modules(model).items():
+            added = {f"{region}.hydra.{key}": value for key, value in module.hydra.named_parameters()}
+            away = [key for key, value in added.items() if value.is_meta]
+            if away:
+                raise UnsupportedModelError(
+                    f"{name}: {away[0]} is offloaded, and a region's graph reads it in place; load the hybrid on one device"
+                )
+            # transformers marks what it has read from the files; the rest it would leave as it lies in memory.
+            missing = [key for key, value in added.items() if not getattr(value, "_is_hf_initialized", False)]
+            if missing:
+                raise CheckpointError(
+                    f"{name}: the checkpoint lacks {missing[0]} (or holds it in another shape); save the hybrid again with "
+                    "save_pretrained"
+                )
+        model.is_quantized = False  # type: ignore[assignment]  # it trains and changes dtype like any model
+        return model
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
@@ -66,3 +86,11 @@ def mark(hybrid: Any, plan: Plan, pipeline: str) -> None:
     surgery = HydraConfig(json.loads(plan.to_json()), pipeline)
     hybrid.config.quantization_config = surgery
     hybrid.hf_quantizer = HydraSurgeon(surgery, pre_quantized=True)
+
+
+def unmark(model: Any) -> None:
+    """Take the surgery out of a config again."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(getattr(config, "quantization_config", None), HydraConfig):
+        del config.quantization_config
+        model.hf_quantizer = None

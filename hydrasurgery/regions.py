@@ -110,6 +110,7 @@ class Region:
         kinds: per query head, "full" or "linear".
         source: the input [B, T, C] that the values are computed from: the hidden states.
         options: what the passes were told (rule, full_norm, ...), for printing and checks.
+        decode: another graph for one token that follows a state, outside of training and tracing; None runs `graph` for it too.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Region:
     kinds: tuple[str, ...] = ()
     source: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    decode: fx.Graph | None = None
 
     @property
     def full_heads(self) -> tuple[int, ...]:
@@ -162,7 +164,7 @@ class Region:
 
 
 def format_node(node: fx.Node) -> str:
-    """One line: `name: [shape] = op(arguments)`."""
+    """One line: `name: [shape] = op(arguments)`, and in brackets the kernel if select-kernels has noted one."""
 
     def show(value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -183,7 +185,8 @@ def format_node(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         target = str(node.target).removeprefix("aten.").removesuffix(".default").replace("hydra.", "hydra::")
     arguments = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items() if v is not None]
-    return f"{label} = {target}({', '.join(arguments)})"
+    kernel = f"  [{node.meta['kernel']}]" if "kernel" in node.meta else ""
+    return f"{label} = {target}({', '.join(arguments)}){kernel}"
 
 
 class RegionModule(nn.Module):
@@ -206,9 +209,10 @@ class RegionModule(nn.Module):
         self.hydra = nn.Module()
         self.inputs = inputs
         self.kinds: tuple[str, ...] = ()
+        self.teacher_heads: tuple[int, ...] = ()  # which of the original module's heads each slot holds
         self.facts: dict[str, Any] = {}
         self._original = (owner,)  # in a tuple, so that it is no child
-        self.graph = graph
+        self.graph, self.decode = graph, None
 
     @property
     def graph(self) -> fx.Graph:
@@ -219,10 +223,17 @@ class RegionModule(nn.Module):
     def graph(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._threaded = any(n.op == "placeholder" and n.target == "state" for n in graph.nodes)
-        code = graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<region of {type(self._original[0]).__name__}>", "exec"), namespace)
-        self._run: Callable[..., Any] = namespace["forward"]
+        self._run = _compiled(graph)
+
+    @property
+    def decode(self) -> fx.Graph | None:
+        """The graph for one token that follows a state; see `Region`."""
+        return self._decode
+
+    @decode.setter
+    def decode(self, graph: fx.Graph | None) -> None:
+        self._decode = graph
+        self._run_decode = None if graph is None else _compiled(graph)
 
     @property
     def original(self) -> nn.Module | None:
@@ -233,26 +244,53 @@ class RegionModule(nn.Module):
         """As the replaced module's `forward`."""
         bound = self.inputs.bind(args, kwargs)
         values = self.inputs.flatten(bound)
+        for (name, _), value in zip(self.inputs.paths, values, strict=True):
+            if not (value is None or isinstance(value, Tensor)):
+                raise UnsupportedModelError(
+                    f"{self._get_name()}: {name} is a {type(value).__name__}, not a tensor; a hybrid reads complete masks: "
+                    "call model.set_attn_implementation('sdpa')"
+                )
         if self._threaded:
             from hydrasurgery.inference.cache import layer_state
 
-            values.append(layer_state(bound.get(self.inputs.cache) if self.inputs.cache else None, self))
+            state = layer_state(bound.get(self.inputs.cache) if self.inputs.cache else None, self)
+            values.append(state)
+            hidden_states = values[[name for name, _ in self.inputs.paths].index(self.inputs.source)]
+            if self._run_decode is not None and self._continues(state, hidden_states):
+                return self._run_decode(self, *values)
         return self._run(self, *values)
+
+    @staticmethod
+    def _continues(state: Any, hidden_states: Tensor) -> bool:
+        """Whether this is one token after others, in plain inference. A traced graph must serve any number of tokens."""
+        if state is None or not state.states or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return hidden_states.shape[1] == 1
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.pop("_run")
+        del state["_run"], state["_run_decode"]
         state["_original"] = (None,)
         state["_graph"] = graph_to_data(self._graph)
+        state["_decode"] = None if self._decode is None else graph_to_data(self._decode)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        graph = graph_from_data(state.pop("_graph"))
+        graph, decode = graph_from_data(state.pop("_graph")), state.pop("_decode")
         super().__setstate__(state)
         self.graph = graph
+        self.decode = None if decode is None else graph_from_data(decode)
 
     def extra_repr(self) -> str:
         return "".join("F" if kind == "full" else "l" for kind in self.kinds)
+
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a function of the module and its inputs."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<region>", "exec"), namespace)
+    return namespace["forward"]
 
 
 @dataclass(frozen=True)
@@ -439,6 +477,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
         UnsupportedModelError: naming the module and the reason.
     """
     refuse_known(model)
+    if region_modules(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a hybrid already; pass the teacher it was made from, or hydrasurgery.restore it"
+        )
     training = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -462,10 +504,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
 def _check_owners(model: nn.Module, watch: _Watch) -> None:
     names = [name for name, *_ in watch.attention]
     if not names:
-        where = watch.softmax[0] if watch.softmax else "no module"
+        seen = f"; {watch.softmax[0]} computes softmax in code of its own" if watch.softmax else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no call of an attention op was seen; {where} computes softmax in code of its own, "
-            "bypassing the attention interface"
+            f"{type(model).__name__}: no call of an attention op was seen{seen}. It has no attention, or bypasses the "
+            "attention interface"
         )
     for name in set(names):
         if names.count(name) > 1:
@@ -685,7 +727,7 @@ def _region(name: str, owner: nn.Module, graph: fx.Graph, inputs: Inputs) -> Reg
     region.sinks = len(node.args) > 4 and node.args[4] is not None
     region.kinds = ("full",) * region.num_heads
     region.source = inputs.source
-    module.kinds = region.kinds
+    module.kinds, module.teacher_heads = region.kinds, tuple(range(region.num_heads))
     return region
 
 
@@ -702,6 +744,7 @@ def stitch(model: nn.Module, regions: list[Region]) -> nn.Module:
     """Put each region's module in its place; returns `model`."""
     for region in regions:
         region.module.graph, region.module.kinds = region.graph, region.kinds
+        region.module.decode = region.decode
         region.module.facts = {fact: getattr(region, fact) for fact in FACTS}
         replace_module(model, region.name, region.module)
     return model
@@ -710,7 +753,15 @@ def stitch(model: nn.Module, regions: list[Region]) -> nn.Module:
 def regions(model: nn.Module) -> list[Region]:
     """The regions of a hybrid as they run now, for printing and for further passes; empty for any other model."""
     return [
-        Region(name, module, module.graph, kinds=module.kinds, source=module.inputs.source, **module.facts)
+        Region(
+            name,
+            module,
+            module.graph,
+            kinds=module.kinds,
+            source=module.inputs.source,
+            decode=module.decode,
+            **module.facts,
+        )
         for name, module in region_modules(model).items()
     ]
 
@@ -735,6 +786,9 @@ def restore(model: nn.Module) -> nn.Module:
     for name, module in modules.items():
         assert module.original is not None
         replace_module(model, name, module.original)
+    from hydrasurgery.pretrained import unmark
+
+    unmark(model)
     return model
 
 

@@ -22,7 +22,7 @@ def hybrid_pipeline(
     own = "untie-projections,prune-projections," if untie else ""
     return (
         f"canonicalize-attention,split-heads,{own}linearize-heads{{rule={rule},conv={conv}}},"
-        f"fuse-heads{{full_norm={full_norm},gate={gate}}},thread-state"
+        f"fuse-heads{{full_norm={full_norm},gate={gate}}},thread-state,fuse-decode"
     )
 
 
@@ -89,7 +89,13 @@ def apply_plan(
 
 
 def _check_interface(model: nn.Module) -> None:
-    """A region reads complete masks [B, 1, T, S], which flash and flex attention do not make."""
+    """A region reads complete masks [B, 1, T, S], which flash and flex attention do not make, and its weights in place."""
+    hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
+    if hooked is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: accelerate moves the weights of {hooked or 'the model'} about (device_map over several "
+            "devices, or offloading); load the model on one device"
+        )
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation not in (None, "eager", "sdpa", "hydra"):
         raise UnsupportedModelError(

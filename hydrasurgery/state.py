@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hydrasurgery import ops
+
 
 def extend_kv(state: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Append new keys and values [B, kept KV heads, T, D]; returns all of them [B, kept KV heads, S, D]."""
@@ -16,6 +18,51 @@ def count_tokens(state: Any, hidden_states: Tensor) -> None:
     """Tell a layer that keeps no KV head how many tokens went by (hidden_states [B, T, C])."""
     if state is not None:
         state.advance(hidden_states.shape[1])
+
+
+def step_linear(
+    state: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    gate: Tensor | None,
+    gamma: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    reset: Tensor,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """One token through a layer's linear heads by `ops.decode_step`, the states in `state` brought up to date in place.
+
+    q, k, v [B, 1, H, K or V]; decay, beta [B, 1, H]; gate [B, 1, H] before its sigmoid; weights of the short convolution
+    [H * K or V, W] or None; reset [B, 1] -> [B, 1, H, V].
+    """
+    weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
+    names = ("q_conv", "k_conv", "v_conv")[: len(weights)]
+    for name in (*names, "recurrent"):
+        state.states[name] = state.states[name].contiguous()
+    pasts = [state.states[name] for name in names]
+    for past in pasts:
+        past.masked_fill_(reset[..., None], 0)
+    o = ops.decode_step(
+        q[:, 0],
+        k[:, 0],
+        v[:, 0],
+        decay[:, 0],
+        beta[:, 0],
+        None if gate is None else gate[:, 0],
+        gamma,
+        conv_weights=weights,
+        state=state.states["recurrent"],
+        conv_states=pasts,
+        scale=scale,
+        eps=eps,
+    )
+    return o[:, None]
 
 
 def read_state(state: Any, name: str) -> Tensor | None:

@@ -2,9 +2,12 @@
 
 from hydrasurgery.passes.base import PRESETS, REGISTRY, Pass, PassResult, parse, run_pipeline
 from hydrasurgery.passes.canonicalize_attention import CanonicalizeAttention
+from hydrasurgery.passes.fuse_decode import FuseDecode
 from hydrasurgery.passes.fuse_heads import FuseHeads
 from hydrasurgery.passes.linearize_heads import LinearizeHeads
+from hydrasurgery.passes.order_heads import OrderHeads
 from hydrasurgery.passes.prune_projections import PruneProjections
+from hydrasurgery.passes.select_kernels import SelectKernels
 from hydrasurgery.passes.split_heads import SplitHeads
 from hydrasurgery.passes.thread_state import ThreadState
 from hydrasurgery.passes.untie_projections import UntieProjections
@@ -13,11 +16,14 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "CanonicalizeAttention",
+    "FuseDecode",
     "FuseHeads",
     "LinearizeHeads",
+    "OrderHeads",
     "Pass",
     "PassResult",
     "PruneProjections",
+    "SelectKernels",
     "SplitHeads",
     "ThreadState",
     "UntieProjections",

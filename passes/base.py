@@ -77,7 +77,7 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 PRESETS = {
     "analyze": "canonicalize-attention",
-    "hybrid": "canonicalize-attention,split-heads,linearize-heads,fuse-heads,thread-state",
+    "hybrid": "canonicalize-attention,split-heads,linearize-heads,fuse-heads,thread-state,fuse-decode",
 }
 
 
@@ -169,6 +169,11 @@ def _dump(folder: str | Path | None, region: Region, number: int, name: str) -> 
 def source(region: Region) -> fx.Node:
     """The input node of the hidden states [B, T, C]."""
     return next(n for n in region.graph.nodes if n.op == "placeholder" and n.target == region.source)
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The node's arguments, whose type fx leaves open to all that a graph may hold."""
+    return node.args
 
 
 def hidden_size(region: Region) -> int:

@@ -41,7 +41,7 @@ class FuseHeads(Pass):
         graph = region.graph
         full = next((n for n in region.find(ATTENTION) if n.meta.get("kind") == "full"), None)
         recurrent = next((n for n in graph.nodes if n.meta.get("kind") == "linear"), None)
-        old = next((n for n in region.find(merge_heads)), recurrent if full is None else full)
+        old = next(n for n in (*region.find(merge_heads), full, recurrent) if n is not None)
         hidden, width = source(region), hidden_size(region)
         norm_full = self.full_norm == "paper"
         like = next(region.module.parameters())

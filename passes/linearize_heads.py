@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -46,7 +46,7 @@ class LinearizeHeads(Pass):
         mask = node.args[3] if len(node.args) > 3 else None
         with graph.inserting_before(node):
 
-            def call(function: object, *args: object, name: str | None = None) -> fx.Node:
+            def call(function: Any, *args: Any, name: str | None = None) -> fx.Node:
                 return graph.create_node("call_function", function, args, None, name)
 
             flags = call(ops.token_flags, mask, hidden)

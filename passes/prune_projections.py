@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from hydrasurgery import ops
-from hydrasurgery.passes.base import Pass, PassResult, register
+from hydrasurgery.passes.base import Pass, PassResult, arguments, register
 from hydrasurgery.regions import Region
 
 aten = torch.ops.aten
@@ -55,7 +56,7 @@ class _Chain:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        return tuple(self.selects[0].args[1])
+        return tuple(arguments(self.selects[0])[1])
 
 
 @register
@@ -78,13 +79,13 @@ class PruneProjections(Pass):
             if chain.heads != tuple(range(chain.num_heads)):
                 _shrink(region, chain)
             for select in chain.selects:
-                _remove(region.graph, select)
+                remove_selection(region.graph, select)
         return PassResult(region, bool(chains))
 
 
 def _chain(region: Region, projection: fx.Node) -> _Chain | None:
     """The chain that `projection` starts, or None if its rows cannot be pruned."""
-    if not _is_prunable(region, projection):
+    if not is_own_linear(region, projection):
         return None
     layouts: dict[fx.Node, Layout] = {projection: FLAT}
     views, selects = [], []
@@ -107,9 +108,9 @@ def _chain(region: Region, projection: fx.Node) -> _Chain | None:
     )
 
 
-def _is_prunable(region: Region, node: fx.Node) -> bool:
+def is_own_linear(region: Region, node: fx.Node) -> bool:
     """A call of an `nn.Linear` whose weights nothing else reads; adapters and quantised layers are no such."""
-    if node.op != "call_module" or type(region.module.get_submodule(node.target)) is not nn.Linear:
+    if node.op != "call_module" or type(region.module.get_submodule(str(node.target))) is not nn.Linear:
         return False
     called = region.find(node.target)
     read = [n for n in region.graph.nodes if n.op == "get_attr" and n.target.startswith(f"{node.target}.")]
@@ -120,8 +121,8 @@ def _agree(views: list[fx.Node], selects: list[fx.Node]) -> bool:
     """Whether all views cut the same heads and all selections take the same, each cached one from a node of its own."""
     return (
         len({n.meta["shape"][2:] for n in views}) == 1
-        and len({tuple(n.args[1]) for n in selects}) == 1
-        and all(len(n.args[0].users) == 1 for n in selects if "role" in n.meta)
+        and len({tuple(arguments(n)[1]) for n in selects}) == 1
+        and all(len(arguments(n)[0].users) == 1 for n in selects if "role" in n.meta)
     )
 
 
@@ -140,7 +141,7 @@ def _layout(region: Region, node: fx.Node, layouts: dict[fx.Node, Layout]) -> La
     if node.target in ELEMENTWISE:
         others = [n for n in node.all_input_nodes if n not in layouts]
         return layout if all(_is_broadcast(n, layout) for n in others) else None
-    x = node.args[0]
+    x = arguments(node)[0]
     if node.target is aten.cat.default:
         dim = node.args[1] if len(node.args) > 1 else 0
         return layout if axis != rank - 1 and dim in last and all(n in layouts for n in x) else None
@@ -151,23 +152,23 @@ def _layout(region: Region, node: fx.Node, layouts: dict[fx.Node, Layout]) -> La
         return layout if axis != rank - 1 and dim in last else None
     if node.target is aten.mean.dim:
         keeps = len(node.args) > 2 and node.args[2] is True
-        return layout if axis != rank - 1 and keeps and list(node.args[1]) in ([-1], [rank - 1]) else None
+        return layout if axis != rank - 1 and keeps and list(arguments(node)[1]) in ([-1], [rank - 1]) else None
     if node.target is aten.transpose.int and rank == 4:
-        swaps = {dim % 4 for dim in node.args[1:]} == {1, 2}
+        swaps = {dim % 4 for dim in arguments(node)[1:]} == {1, 2}
         return (HEADS if layout == TOKENS else TOKENS) if swaps else None
     return TOKENS if layout == FLAT and _cuts_heads(node) else None
 
 
 def _cuts_heads(node: fx.Node) -> bool:
     """[B, T, H * D] -> [B, T, H, D], by a view or by unflatten."""
-    before, after = node.args[0].meta.get("shape"), node.meta.get("shape")
+    before, after = arguments(node)[0].meta.get("shape"), node.meta.get("shape")
     if before is None or after is None or len(after) != 4 or before[:2] != after[:2]:
         return False
     if not all(isinstance(size, int) for size in (before[2], *after[2:])) or before[2] != after[2] * after[3]:
         return False
     if node.target is aten.unflatten.int:
-        return len(node.args[2]) == 2
-    return node.target in SPLIT and len(node.args[1]) == 4
+        return len(arguments(node)[2]) == 2
+    return node.target in SPLIT and len(arguments(node)[1]) == 4
 
 
 def _is_broadcast(node: fx.Node, layout: Layout) -> bool:
@@ -181,7 +182,7 @@ def _is_broadcast(node: fx.Node, layout: Layout) -> bool:
 
 def _is_head_norm(region: Region, node: fx.Node) -> bool:
     """A norm over the last dimension: its weights, if any, are one vector of that width."""
-    module, width = region.module.get_submodule(node.target), node.args[0].meta["shape"][-1]
+    module, width = region.module.get_submodule(str(node.target)), arguments(node)[0].meta["shape"][-1]
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return tuple(module.normalized_shape) == (width,)
     if isinstance(module, (nn.Identity, nn.Dropout)):
@@ -193,21 +194,29 @@ def _is_head_norm(region: Region, node: fx.Node) -> bool:
 
 def _shrink(region: Region, chain: _Chain) -> None:
     """Replace the projection by one of the selected heads, and the head count that its views name."""
-    path = chain.projection.target
-    old = region.module.get_submodule(path)
-    new = copy.copy(old)  # keeps hooks and attributes; the parameters are set anew
-    new._parameters = dict(old._parameters)
-    for name, parameter in old.named_parameters(recurse=False):
-        rows = ops.select_heads(parameter.detach().unflatten(0, (chain.num_heads, -1)), chain.heads, 0).flatten(0, 1)
-        new._parameters[name] = nn.Parameter(rows.clone(), requires_grad=parameter.requires_grad)
-    new.out_features = new.weight.shape[0]
-    _replace_child(region.module, path, new)
+
+    def rows(_name: str, parameter: Tensor) -> Tensor:
+        return ops.select_heads(parameter.unflatten(0, (chain.num_heads, -1)), chain.heads, 0).flatten(0, 1)
+
+    replace_parameters(region, str(chain.projection.target), rows)
     for view in chain.views:
         place, index = (2, 0) if view.target is aten.unflatten.int else (1, 2)
-        sizes = list(view.args[place])
+        sizes = list(arguments(view)[place])
         if sizes[index] == chain.num_heads:
             sizes[index] = len(chain.heads)
             view.update_arg(place, sizes)
+
+
+def replace_parameters(region: Region, path: str, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Put a new `nn.Linear` at `path` whose parameters are `change(name, old)`; the old module stays whole."""
+    old = region.module.get_submodule(path)
+    new: Any = copy.copy(old)  # keeps hooks and attributes; the parameters are set anew
+    new._parameters = dict(old._parameters)
+    for name, parameter in old.named_parameters(recurse=False):
+        changed = change(name, parameter.detach()).clone()
+        new._parameters[name] = nn.Parameter(changed, requires_grad=parameter.requires_grad)
+    new.out_features, new.in_features = new.weight.shape
+    _replace_child(region.module, path, new)
 
 
 def _replace_child(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -221,9 +230,9 @@ def _replace_child(root: nn.Module, path: str, module: nn.Module) -> None:
     root._modules[first] = module
 
 
-def _remove(graph: fx.Graph, select: fx.Node) -> None:
+def remove_selection(graph: fx.Graph, select: fx.Node) -> None:
     """Take a selection out; what the passes noted about it holds of its input now."""
-    x = select.args[0]
+    x = arguments(select)[0]
     x.meta.update({key: value for key, value in select.meta.items() if key in ("role", "branch")})
     select.replace_all_uses_with(x)
     graph.erase_node(select)

@@ -9,7 +9,7 @@ from torch import fx
 
 from hydrasurgery import ops
 from hydrasurgery.layers import merge_heads
-from hydrasurgery.passes.base import Pass, PassResult, register
+from hydrasurgery.passes.base import Pass, PassResult, arguments, register
 from hydrasurgery.regions import ATTENTION, Region
 
 
@@ -27,7 +27,7 @@ class SplitHeads(Pass):
 
     def run(self, region: Region) -> PassResult:
         graph, node = region.graph, region.find(ATTENTION)[0]
-        q, k, v, mask, sinks = (*node.args, *(None,) * (5 - len(node.args)))
+        q, k, v, mask, sinks = (arguments(node) + (None, None))[:5]
         full, linear = region.full_heads, region.linear_heads
         if not linear:
             node.meta["kind"] = "full"

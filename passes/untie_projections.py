@@ -41,12 +41,13 @@ class UntieProjections(Pass):
         copies: dict[fx.Node, fx.Node] = {}
         names: dict[str, str] = {}
         for node in _depend_on_parameters(region, roots):
-            target = node.target
+            target: Any = node.target
             if _reads_parameters(region, node):
                 if target not in names:
                     names[target] = _own(region, target)
                 target = names[target]
-            args, kwargs = (fx.node.map_arg(a, lambda n: copies.get(n, n)) for a in (node.args, node.kwargs))
+            inputs: Any = (node.args, node.kwargs)
+            args, kwargs = fx.node.map_arg(inputs, lambda n: copies.get(n, n))
             with graph.inserting_after(node):
                 copies[node] = graph.create_node(node.op, target, args, kwargs, f"{node.name}_linear")
             copies[node].meta["shape"] = node.meta.get("shape")
@@ -59,7 +60,8 @@ class UntieProjections(Pass):
     def ensures(self, region: Region) -> None:
         if region.full_heads and region.linear_heads:
             reached = _depend_on_parameters(region, _branch(region))
-            shared = [n.target for n in reached if _reads_parameters(region, n) and not n.target.startswith("hydra.")]
+            read = [str(n.target) for n in reached if _reads_parameters(region, n)]
+            shared = [path for path in read if not path.startswith("hydra.")]
             self.promise(region, not shared, f"the linear branch still reads {', '.join(shared)} of the full branch")
 
 
@@ -77,8 +79,8 @@ def _attribute(module: nn.Module, path: str) -> Any:
 def _reads_parameters(region: Region, node: fx.Node) -> bool:
     """Whether the node calls a child that has parameters, or is a parameter."""
     if node.op == "call_module":
-        return next(region.module.get_submodule(node.target).parameters(), None) is not None
-    return node.op == "get_attr" and isinstance(_attribute(region.module, node.target), nn.Parameter)
+        return next(region.module.get_submodule(str(node.target)).parameters(), None) is not None
+    return node.op == "get_attr" and isinstance(_attribute(region.module, str(node.target)), nn.Parameter)
 
 
 def _depend_on_parameters(region: Region, roots: list[fx.Node]) -> list[fx.Node]:

@@ -17,7 +17,7 @@ from hydrasurgery.plan import Plan, plan_heads
 from hydrasurgery.transfer import Recipe, Stage, addition_names
 from tests.families import tiny
 
-COMMANDS = ("inspect", "score", "plan", "rewrite", "distill", "eval", "generate", "export", "demo")
+COMMANDS = ("inspect", "score", "plan", "rewrite", "distill", "eval", "generate", "export", "kernels", "bench", "demo")
 WEIGHTS = "model.safetensors"
 
 
@@ -231,3 +231,33 @@ def test_main_exits_with_one_line(monkeypatch, capsys, tmp_path):
         main()
     assert stop.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_says_what_runs_and_why_the_rest_does_not():
+    text = succeed("kernels", "--device", "cpu")
+    for op in ("attention", "linear_attention", "causal_conv", "scale_norm_fusion", "decode_step"):
+        assert op in text
+    assert "triton: needs a CUDA device" in text
+
+
+def test_bench_writes_what_it_prints(tmp_path):
+    options = ("--device", "cpu", "--dtype", "float32", "--size", 4, "--size", 8)
+    text = succeed("bench", "fusion-forward", *options, "--out", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    rows = json.loads((tmp_path / "b.json").read_text())
+    timed = [row for row in rows if "ms" in row]
+    assert [(row["contender"], row["size"]) for row in timed] == [
+        (name, size) for size in (4, 8) for name in ("hydra", "plain PyTorch")
+    ]
+    assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in timed)
+    assert (tmp_path / "b.png").stat().st_size > 0
+    assert "of the floor" in text
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(("nothing",), "no suite"), (("--dtype", "int8"), "give one of")])
+def test_bench_refuses_what_it_does_not_know(arguments, message):
+    result = run("bench", *arguments, "--device", "cpu")
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -68,6 +68,31 @@ def test_the_trainer_runs(hybrid: Any, tmp_path: Path) -> None:
         assert torch.equal(saved(IDS).logits, hybrid.eval()(IDS).logits)
 
 
+def test_a_loaded_hybrid_is_a_model_like_any_other(hybrid: Any, tmp_path: Path) -> None:
+    hybrid.save_pretrained(tmp_path / "first")
+    loaded = type(hybrid).from_pretrained(tmp_path / "first")
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), report_to="none", use_cpu=True, save_strategy="no", max_steps=2
+    )
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(5, 1)]
+    Trainer(model=loaded, args=arguments, train_dataset=rows).train()
+    assert copy.deepcopy(loaded).bfloat16().float().half().dtype == torch.float16
+    loaded.save_pretrained(tmp_path / "second")
+    again = type(hybrid).from_pretrained(tmp_path / "second").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, loaded.eval()(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_restored_model_saves_as_the_teacher_it_is(tmp_path: Path) -> None:
+    model = tiny("qwen3")
+    restored: Any = hs.restore(hs.rewrite(model, half_plan(model)))
+    restored.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert not hs.region_modules(loaded)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(hybrid: Any) -> None:
     hybrid.train()
     gradients = []

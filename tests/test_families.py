@@ -21,7 +21,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 
 
 def half_plan(model: torch.nn.Module, kinds: tuple[str, ...] = ("full", "linear", "linear", "full")) -> Plan:
-    """Two of four heads linear in every layer."""
+    """Two of four heads linear in every layer, or the kinds given."""
     layers = [
         LayerPlan(
             name=r.name,
@@ -33,7 +33,7 @@ def half_plan(model: torch.nn.Module, kinds: tuple[str, ...] = ("full", "linear"
         )
         for r in hs.capture(model)
     ]
-    return Plan(layers=tuple(layers), unit="head", strategy="given")
+    return Plan(layers=tuple(layers), unit="head", strategy="given", min_full_per_layer=min(1, kinds.count("full")))
 
 
 def stir(hybrid: torch.nn.Module, seed: int = 1) -> torch.nn.Module:

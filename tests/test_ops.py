@@ -14,6 +14,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as sinks_attention
 
 from hydrasurgery import ops
+from hydrasurgery.layers import l2_norm, to_heads
 from tests.families import same
 
 
@@ -113,6 +114,40 @@ FUSION_CASES = {
 def test_scale_norm_fusion_is_a_sound_operator(case):
     make, heads, norm_full = FUSION_CASES[case]
     opcheck(torch.ops.hydra.scale_norm_fusion.default, make(), {"linear_heads": heads, "norm_full": norm_full})
+
+
+def token(width: int, raw: bool) -> tuple[tuple, dict]:
+    """Inputs of a decode step of 2 sequences, 3 heads, K = 8 and V = 4."""
+    q, k, v = (torch.randn(2, 3, size) for size in (8, 8, 4))
+    decay, beta, gate = -torch.rand(2, 3), torch.rand(2, 3), torch.randn(2, 3)
+    rates = (torch.randn(3), torch.randn(3)) if raw else (None, None)
+    sizes = (24, 24, 12) if width else ()
+    weights, pasts = [torch.randn(c, width) for c in sizes], [torch.randn(2, c, width - 1) for c in sizes]
+    states = {"state": torch.randn(2, 3, 8, 4), "conv_states": pasts}
+    return (q, k, v, decay, beta, gate, torch.randn(3), *rates, weights), states
+
+
+@pytest.mark.parametrize(("width", "raw"), [(0, False), (4, True)])
+def test_decode_step_is_a_sound_operator(width, raw):
+    inputs, states = token(width, raw)
+    opcheck(torch.ops.hydra.decode_step.default, (*inputs, *states.values()), {"eps": 1e-5})
+
+
+def test_decode_step_is_the_layer_it_replaces():
+    """The operators of a hybrid layer, one after the other, on one token."""
+    (q, k, v, decay, beta, gate, gamma, A_log, dt_bias, weights), states = token(4, True)
+    pasts = [past.clone() for past in states["conv_states"]]
+    tokens = [x.flatten(1)[:, None] for x in (q, k, v)]
+    mixed, after = zip(*map(ops.causal_conv, tokens, weights, pasts), strict=True)
+    heads = [to_heads(x + y, 3) for x, y in zip(tokens, mixed, strict=True)]
+    g = -A_log.exp() * torch.nn.functional.softplus(decay + dt_bias)
+    o, final = ops.linear_attention(
+        *map(l2_norm, heads[:2]), heads[2], g[:, None], beta.sigmoid()[:, None], states["state"].clone()
+    )
+    gates = 2 * gate.sigmoid()[:, None, :, None]
+    wanted = ops.scale_norm_fusion(None, o, gamma, gates, linear_heads=[0, 1, 2])[:, 0]
+    found = ops.decode_step(q, k, v, decay, beta, gate, gamma, A_log, dt_bias, weights, **states)
+    torch.testing.assert_close((found, states["state"], *states["conv_states"]), (wanted, final, *after))
 
 
 def test_backward_operators_are_sound():
@@ -366,6 +401,20 @@ Q, K, G = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 3, 8), torch.zeros(2, 4, 3)
         (lambda: ops.causal_conv(G, torch.zeros(4, 2)), r"weight must have shape \[3, any\]"),
         (lambda: ops.causal_conv(G, torch.zeros(3, 2), reset=torch.zeros(2, 4)), "reset must be bool"),
         (lambda: ops.scale_norm_fusion(None, None, G, linear_heads=[]), "both None"),
+        (
+            lambda: ops.decode_step(Q[0], Q[0], Q[0], G[0], G[0], None, G[0, 0], state=torch.zeros(4, 3, 8, 7)),
+            r"state must have shape \[4, 3, 8, 8\]",
+        ),
+        (
+            lambda: ops.decode_step(
+                Q[0], Q[0], Q[0], G[0], G[0], None, G[0, 0], G[0, 0], state=torch.zeros(4, 3, 8, 8)
+            ),
+            "A_log and dt_bias belong together",
+        ),
+        (
+            lambda: ops.decode_step(Q[0], Q[0], Q[0], G[0], G[0], None, G[0, 0], state=torch.zeros(4, 3, 8, 8).mT),
+            "must be contiguous",
+        ),
         (
             lambda: ops.scale_norm_fusion(Q, Q, G, linear_heads=[0, 2, 1]),
             "linear_heads must be 3 ascending slots below 6",

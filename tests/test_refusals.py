@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 import hydrasurgery as hs
-from hydrasurgery.errors import PassError, PipelineError, PlanError, PreconditionError, UnsupportedModelError
+from hydrasurgery.errors import (
+    CheckpointError,
+    PassError,
+    PipelineError,
+    PlanError,
+    PreconditionError,
+    UnsupportedModelError,
+)
 from hydrasurgery.passes import parse, run_pipeline
 from hydrasurgery.passes.base import Pass, PassResult
 from hydrasurgery.regions import ATTENTION
@@ -101,7 +112,7 @@ def test_dumps_hold_every_step(tmp_path: object) -> None:
     hs.rewrite(model, half_plan(model), dump=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names[0] == "model.layers.0.self_attn.00-captured.txt"
-    assert len(names) == 2 * 6
+    assert len(names) == 2 * 7
     last = (tmp_path / "model.layers.0.self_attn.05-thread-state.txt").read_text()
     assert "hydra::scale_norm_fusion" in last
     assert "%o_linear" not in last
@@ -172,3 +183,64 @@ def test_a_hybrid_prints_its_regions() -> None:
     )
     assert "%o_recurrent: [B, T, 2, 16]" in str(second)
     assert "%hydra_gamma: [2] = hydra.gamma" in str(second)
+
+
+def test_a_hybrid_is_not_rewritten_again() -> None:
+    model = tiny("llama")
+    hybrid = hs.rewrite(model, half_plan(model))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is a hybrid already; pass the teacher"):
+        hs.plan_heads(hybrid, strategy="all-linear")
+
+
+def test_a_model_without_attention_is_not_blamed_on_a_softmax() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"no call of an attention op was seen\. It has no attention"):
+        hs.capture(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8)))
+
+
+def test_a_dispatched_model_is_refused() -> None:
+    model = tiny("llama")
+    add_hook_to_module(model.model.layers[1].self_attn, ModelHook())
+    with pytest.raises(UnsupportedModelError, match=r"accelerate moves the weights of model\.layers\.1\.self_attn"):
+        hs.rewrite(model, half_plan(tiny("llama")))
+
+
+def test_a_mask_that_is_no_tensor_is_named() -> None:
+    model = tiny("llama")
+    hybrid = hs.rewrite(model, half_plan(model))
+    hybrid.set_attn_implementation("flex_attention")
+    with pytest.raises(
+        UnsupportedModelError, match=r"attention_mask is a BlockMask.*set_attn_implementation\('sdpa'\)"
+    ):
+        hybrid(torch.arange(3, 9)[None])
+
+
+def test_a_cache_of_a_state_space_layer_is_named() -> None:
+    model = tiny("llama")
+    hybrid = hs.rewrite(model, half_plan(model))
+    cache = DynamicCache(config=model.config)
+    cache.layers[0] = LinearAttentionAndFullAttentionLayer()
+    with pytest.raises(
+        UnsupportedModelError, match="layer 0: the model keeps a LinearAttentionAndFullAttentionLayer there"
+    ):
+        hybrid(torch.arange(3, 9)[None], past_key_values=cache)
+
+
+def test_a_checkpoint_without_an_addition_is_named(tmp_path: Path) -> None:
+    model = tiny("llama")
+    hs.rewrite(model, half_plan(model)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.self_attn.hydra.gamma"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.self_attn\.hydra\.gamma"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_layer_without_a_full_head_breaks_the_plans_promise() -> None:
+    model = tiny("llama")
+    plan = half_plan(model)
+    empty = replace(plan, layers=(replace(plan.layers[0], kinds=("linear",) * 4), *plan.layers[1:]))
+    with pytest.raises(
+        PlanError, match=r"layer model\.layers\.0\.self_attn keeps 0 full units of head.*promises 1 a layer"
+    ):
+        hs.rewrite(model, empty)
+    assert len(hs.region_modules(hs.rewrite(model, replace(empty, min_full_per_layer=0)))) == 2

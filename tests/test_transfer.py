@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydrasurgery import plan_heads, region_modules, restore, rewrite
-from hydrasurgery.errors import CheckpointError, DataError, DivergedError, PlanError, RecipeError
+from hydrasurgery.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    PlanError,
+    RecipeError,
+    SequenceLengthError,
+)
 from hydrasurgery.transfer import (
     RECIPES,
     Recipe,
@@ -634,6 +641,23 @@ def test_a_bad_batch_is_named(batch: dict[str, Tensor], words: str) -> None:
         draw(Source(), 7, ALIGN, 0)
 
 
+@pytest.mark.parametrize(
+    ("data", "stage", "error", "words"),
+    [
+        (torch.arange(500), {}, DataError, "token ids from .* embeds 0 to"),
+        (torch.arange(4), {}, DataError, "shorter length"),
+        (tokens(900), {"length": 300}, SequenceLengthError, "300 tokens, the model's position limit is 256"),
+    ],
+)
+def test_what_cannot_be_run_leaves_no_file(
+    tmp_path: Path, data: Tensor, stage: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    teacher, hybrid = pair()
+    with pytest.raises(error, match=words):
+        run(hybrid, teacher, replace(ALIGN, **stage), data=data, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_survive_a_file(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name]
@@ -652,7 +676,17 @@ def test_the_papers_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": 0}, {"steps": None}, {"tokens": 5}, {"warmup": -1}, {"name": "other"}, {"trainable": "some"}]
+    "change",
+    [
+        {"lr": 0},
+        {"steps": None},
+        {"tokens": 5},
+        {"warmup": -1},
+        {"name": "other"},
+        {"trainable": "some"},
+        {"betas": [2, 3]},
+        {"lr": float("nan")},
+    ],
 )
 def test_bad_stages_are_refused(change: dict[str, Any]) -> None:
     fields = {"name": "distil", "batch_size": 1, "length": 8, "lr": 1e-3, "lr_end": 1e-4, "steps": 4}

@@ -112,7 +112,7 @@ def evaluate(
         SequenceLengthError: a length is more than the model's position limit (before anything is measured).
     """
     for length in lengths:
-        _check_length([m for m in (model, teacher) if m is not None], length)
+        check_length([m for m in (model, teacher) if m is not None], length)
     makers: dict[str, Callable[[int], TaskBatch]] = {
         "needles": lambda n: needles(tokenizer, n, count, seed, num_keys=num_keys, text_ids=text_ids)
     }
@@ -199,7 +199,7 @@ def _logits(
     Where one sequence's logits are too large (32K tokens of a 150K vocabulary are 20 GB) the forward is repeated for
     each slice of positions: slower, and the only way that leaves the model's own head (scaling, softcap) in charge.
     """
-    _check_length(models, input_ids.shape[1])
+    check_length(models, input_ids.shape[1])
     per_position = 4 * max(_vocabulary(m) for m in models)
     rows = max(1, memory_bytes // (per_position * len(positions)))
     sliced = all(_takes(m, "logits_to_keep") for m in models)
@@ -235,7 +235,8 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _check_length(models: Sequence[nn.Module], length: int) -> None:
+def check_length(models: Sequence[nn.Module], length: int) -> None:
+    """Raise SequenceLengthError if `length` tokens are more than a model has positions for."""
     for model in models:
         limit = getattr(_text_config(model), "max_position_embeddings", None)
         if limit is not None and length > limit:

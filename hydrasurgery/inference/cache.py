@@ -109,6 +109,11 @@ def layer_state(cache: Any, module: nn.Module) -> HybridLayer | None:
             raise UnsupportedModelError(
                 f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one"
             )
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModelError(
+                f"layer {index}: the model keeps a {type(layer).__name__} there, whose states a hybrid cannot replace; "
+                "models with state-space or linear layers of their own run without a cache only (use_cache=False)"
+            )
         sliding = isinstance(layer, DynamicSlidingWindowLayer)
         layer = cache.layers[index] = HybridSlidingLayer(layer.sliding_window) if sliding else HybridLayer()
     return layer

@@ -72,11 +72,13 @@ class Stage:
             object.__setattr__(self, "trainable", "additions")
         if self.trainable not in ("additions", "all"):
             raise RecipeError(f"stage {self.name!r}: trainable must be 'additions' or 'all', not {self.trainable!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"stage {self.name!r}: betas must be two numbers from 0 to below 1, not {self.betas}")
         if (self.steps is None) == (self.tokens is None):
             raise RecipeError(f"stage {self.name!r}: give either steps or tokens")
         for field in (*_POSITIVE, *_NOT_NEGATIVE):
             value = getattr(self, field)
-            if value is not None and (value < 0 or (value == 0 and field in _POSITIVE)):
+            if value is not None and not (value > 0 or (value == 0 and field in _NOT_NEGATIVE)):
                 bound = "positive" if field in _POSITIVE else "0 or more"
                 raise RecipeError(f"stage {self.name!r}: {field} must be {bound}, not {value}")
 

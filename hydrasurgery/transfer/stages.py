@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.errors import DivergedError, PlanError
+from hydrasurgery.errors import DataError, DivergedError, PlanError
+from hydrasurgery.evaluation.metrics import check_length
 from hydrasurgery.regions import CACHE_ARGUMENTS, region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw, mix_seed
@@ -109,6 +110,9 @@ class _Run:
 
     def begin(self, resume: bool) -> Position:
         """Load the last checkpoint if there is one and it is wanted."""
+        for index, stage in enumerate(self.recipe.stages):
+            self.batch(index, 0)  # bad data is found before a file is written
+            check_length([self.hybrid], stage.length)
         if self.folder is None:
             return Position()
         self.checkpoint = self.folder.latest() if resume else None
@@ -119,6 +123,18 @@ class _Run:
         self.history = self.folder.history(position)
         self.recipe.save(self.folder.path / "recipe.json")
         return position
+
+    def batch(self, index: int, step: int) -> Batch:
+        """The batch of `step` in stage number `index`, its tokens known to the model."""
+        stage = self.recipe.stages[index]
+        batch = draw(self.source, step, stage, self.seed, index)
+        ids, known = batch.inputs["input_ids"], _embedded(self.hybrid)
+        if known is not None and not (ids.min() >= 0 and ids.max() < known):
+            raise DataError(
+                f"the batch of stage {stage.name!r}, step {step}: token ids from {ids.min()} to {ids.max()}, but the model "
+                f"embeds 0 to {known - 1}; tokenize the data with the model's own tokenizer"
+            )
+        return batch
 
     def stage(self, index: int, first: int, show: Callable[..., None]) -> None:
         """Run stage number `index` from step `first` to its end."""
@@ -154,7 +170,7 @@ class _Run:
     def _step(self, index: int, step: int, optimizer: torch.optim.Optimizer, objective: Objective) -> Record:
         stage, started = self.recipe.stages[index], time.perf_counter()
         device = next(self.hybrid.parameters()).device
-        batch = draw(self.source, step, stage, self.seed, index).to(device)
+        batch = self.batch(index, step).to(device)
         optimizer.zero_grad(set_to_none=True)
         with _randomness(mix_seed(self.seed, "step", index, step), device), _autocast(self.recipe.autocast, device):
             losses = {name: value.item() for name, value in objective(batch).items()}
@@ -189,6 +205,11 @@ def _check_models(hybrid: nn.Module, teacher: nn.Module | None, recipe: Recipe) 
     for name in region_modules(hybrid):
         if name not in modules:
             raise PlanError(f"{name} is a region of the hybrid, but the teacher has no module of that name")
+
+
+def _embedded(model: Any) -> int | None:
+    """How many token ids a model knows; None for a plain module, which does not say."""
+    return model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else None
 
 
 def _optimizer(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> torch.optim.Optimizer:

@@ -12,9 +12,7 @@ from hydrasurgery.regions import RegionModule, region_modules
 
 
 @torch.no_grad()
-def calibrate(
-    hybrid: nn.Module, teacher: nn.Module, input_ids: Tensor, *, rule: str = "gated_delta"
-) -> dict[str, LinearFit]:
+def calibrate(hybrid: nn.Module, teacher: nn.Module, input_ids: Tensor) -> dict[str, LinearFit]:
     """Give each linear head the half-life, beta and gamma that explain its teacher head best; changes `hybrid` in place.
 
     gamma_h = <o_h, o^_h> / <o^_h, o^_h> with o^ = RMSNorm(o); where full heads are normalised too (`full_norm="paper"`)
@@ -24,7 +22,6 @@ def calibrate(
         hybrid: what `rewrite(teacher, plan)` gave, not yet trained.
         teacher: the model it was cut from.
         input_ids: [B, T] tokens without padding.
-        rule: the recurrence that the hybrid was rewritten with.
 
     Returns:
         The fit of every head of every layer, by the layer's name.
@@ -33,8 +30,9 @@ def calibrate(
     fits: dict[str, LinearFit] = {}
 
     def visit(name: str, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
-        fits[name] = fit_linear_heads(q, k, v, o, rule=rule)
-        _apply(modules[name], fits[name], o)
+        module = modules[name]
+        fits[name] = fit_linear_heads(q, k, v, o, rule=module.facts["options"].get("rule", "gated_delta"))
+        _apply(module, fits[name], o)
 
     with watch_heads(teacher, visit):
         run_model(teacher, input_ids)
@@ -42,7 +40,8 @@ def calibrate(
 
 
 def _apply(module: RegionModule, fit: LinearFit, o: Tensor) -> None:
-    linear = [h for h, kind in enumerate(module.kinds) if kind == "linear"]
+    slots = list(zip(module.teacher_heads, module.kinds, strict=True))
+    linear = [head for head, kind in slots if kind == "linear"]
     added: Any = module.hydra
     if hasattr(added, "decay"):
         added.decay.set_half_life(fit.half_life[linear])
@@ -50,9 +49,9 @@ def _apply(module: RegionModule, fit: LinearFit, o: Tensor) -> None:
         added.beta.set_beta(fit.beta[linear])
     if hasattr(added, "gamma"):
         gamma = fit.gamma.clone()
-        for head, kind in enumerate(module.kinds):
+        for head, kind in slots:
             if kind == "full":
                 own = o[:, :, head].float()
                 normed = torch.nn.functional.rms_norm(own, own.shape[-1:], eps=1e-6)
                 gamma[head] = (own * normed).sum() / normed.square().sum()
-        added.gamma.copy_(gamma if added.gamma.numel() == len(gamma) else gamma[linear])
+        added.gamma.copy_(gamma[list(module.teacher_heads)] if added.gamma.numel() == len(gamma) else gamma[linear])

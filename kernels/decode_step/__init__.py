@@ -1,0 +1,1 @@
+"""One token of a layer's linear heads, from short convolution to output gate."""

@@ -1,0 +1,160 @@
+"""One token through a layer's linear heads in Triton: one launch, the state read and written once.
+
+A program owns one head of one sequence: its conv inputs, its state and its output, so nothing is shared and nothing is atomic.
+With a = exp(decay) and u = beta (v - a S^T k), the new state is S' = a S + k u^T and what it answers is
+S'^T q = a S^T q + (k.q) u: both products of S are taken of the values as they were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hydrasurgery.kernels.decode_step.reference import L2_EPS
+
+STATE_ELEMENTS = 8192  # of a state, in registers at once
+WARPS = 4
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) to full relative precision for small x >= 0 (Kahan)."""
+    u = 1.0 + x
+    exact = u == 1.0
+    return tl.where(exact, x, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _load_head(
+    x, weight, past, batch, head,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """A head's vector after the residual convolution, and what that saw [BLOCK, TAPS]: W - 1 past inputs, then its own."""
+    channel = tl.arange(0, BLOCK)
+    live = channel < SIZE
+    own = tl.load(x + (batch * HEADS + head) * SIZE + channel, mask=live, other=0).to(tl.float32)
+    past += (batch * HEADS + head) * SIZE * (WIDTH - 1)
+    weight += head * SIZE * WIDTH
+    seen = tl.zeros((BLOCK, TAPS), tl.float32)
+    slot = tl.arange(0, TAPS)
+    if WIDTH > 0:
+        kept = live[:, None] & (slot < WIDTH - 1)[None, :]
+        seen = tl.load(past + channel[:, None] * (WIDTH - 1) + slot[None, :], mask=kept, other=0).to(tl.float32)
+        seen = tl.where((slot == WIDTH - 1)[None, :], own[:, None], seen)
+        taps = live[:, None] & (slot < WIDTH)[None, :]
+        tap = tl.load(weight + channel[:, None] * WIDTH + slot[None, :], mask=taps, other=0).to(tl.float32)
+        own += tl.sum(seen * tap, axis=1)
+    return own, seen
+
+
+@triton.jit
+def _store_history(
+    seen, past, batch, head,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """The history without its oldest input."""
+    channel, slot = tl.arange(0, BLOCK), tl.arange(0, TAPS)
+    kept = (channel < SIZE)[:, None] & ((slot > 0) & (slot < WIDTH))[None, :]
+    past += (batch * HEADS + head) * SIZE * (WIDTH - 1)
+    tl.store(past + channel[:, None] * (WIDTH - 1) + (slot - 1)[None, :], seen.to(past.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _kernel(
+    q, k, v, decay, beta, gate, gamma, a_log, dt_bias, q_weight, k_weight, v_weight, state, q_past, k_past, v_past, out,
+    scale, eps, l2_eps,
+    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr, GATE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    batch, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    row, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    VALUES: tl.constexpr = BLOCK_V * TILES
+    one = batch * HEADS + head
+    state += one * K * V
+    at = row[:, None] * V + column[None, :]
+    inside = (row < K)[:, None] & (column < V)[None, :]
+    # The state is under way while the vectors are made ready.
+    following = tl.load(state + at, mask=inside, other=0)
+    queries, q_seen = _load_head(q, q_weight, q_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
+    keys, k_seen = _load_head(k, k_weight, k_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
+    values, v_seen = _load_head(v, v_weight, v_past, batch, head, HEADS, V, WIDTH, VALUES, TAPS)
+    queries *= tl.rsqrt(tl.sum(queries * queries) + l2_eps) * scale
+    keys *= tl.rsqrt(tl.sum(keys * keys) + l2_eps)
+    forget, strength = tl.load(decay + one).to(tl.float32), tl.load(beta + one).to(tl.float32)
+    if RAW:
+        step = forget + tl.load(dt_bias + head).to(tl.float32)
+        softplus = tl.maximum(step, 0.0) + _log1p(tl.exp(-tl.abs(step)))
+        forget = -tl.exp(tl.load(a_log + head).to(tl.float32)) * softplus
+        strength = 1.0 / (1.0 + tl.exp(-strength))
+    forget = tl.exp(forget)
+    overlap = tl.sum(queries * keys)
+    # Some threads may hold copies of what another one stores: all loads come first.
+    tl.debug_barrier()
+    if WIDTH > 0:
+        _store_history(q_seen, q_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
+        _store_history(k_seen, k_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
+        _store_history(v_seen, v_past, batch, head, HEADS, V, WIDTH, VALUES, TAPS)
+    tile_of = tl.arange(0, TILES)[:, None]
+    values = tl.reshape(values, (TILES, BLOCK_V))
+    answers = tl.zeros((TILES, BLOCK_V), tl.float32)
+    for tile in tl.static_range(TILES):
+        old = following
+        if tile + 1 < TILES:
+            further = (row < K)[:, None] & ((tile + 1) * BLOCK_V + column < V)[None, :]
+            following = tl.load(state + at + (tile + 1) * BLOCK_V, mask=further, other=0)
+        value = tl.sum(tl.where(tile_of == tile, values, 0.0), axis=0)
+        write = strength * (value - forget * tl.sum(old * keys[:, None], axis=0))
+        answer = forget * tl.sum(old * queries[:, None], axis=0) + overlap * write
+        answers = tl.where(tile_of == tile, answer[None, :], answers)
+        tl.debug_barrier()
+        inside = (row < K)[:, None] & (tile * BLOCK_V + column < V)[None, :]
+        tl.store(state + at + tile * BLOCK_V, forget * old + keys[:, None] * write[None, :], mask=inside)
+    norm = tl.load(gamma + head).to(tl.float32)
+    if GATE:
+        norm *= 2.0 / (1.0 + tl.exp(-tl.load(gate + one).to(tl.float32)))
+    answers *= tl.rsqrt(tl.sum(answers * answers) / V + eps) * norm
+    place = tile_of * BLOCK_V + column[None, :]
+    tl.store(out + one * V + place, answers.to(out.dtype.element_ty), mask=place < V)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    gate: Tensor | None,
+    gamma: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    conv_weights: Sequence[Tensor],
+    state: Tensor,
+    conv_states: Sequence[Tensor],
+    *,
+    scale: float | None,
+    eps: float,
+) -> Tensor:
+    """As `reference.forward`. `state` and `conv_states` must be contiguous, for they are written in place."""
+    (batch, heads, width_k), width_v = q.shape, v.shape[-1]
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if not batch or not heads:
+        return out
+    q, k, v, decay, beta = (x.contiguous() for x in (q, k, v, decay, beta))
+    taps = conv_weights[0].shape[1] if conv_weights else 0
+    weights = [w.contiguous() for w in conv_weights] if taps else [q, q, q]
+    pasts = list(conv_states) if taps else [q, q, q]
+    block_k = triton.next_power_of_2(width_k)
+    block_v = min(triton.next_power_of_2(width_v), max(1, STATE_ELEMENTS // block_k))
+    _kernel[(batch * heads,)](
+        q, k, v, decay, beta, q if gate is None else gate.contiguous(), gamma, q if A_log is None else A_log,
+        q if dt_bias is None else dt_bias, *weights, state, *pasts, out,
+        width_k**-0.5 if scale is None else scale, eps, L2_EPS,
+        HEADS=heads, K=width_k, V=width_v, WIDTH=taps, RAW=A_log is not None, GATE=gate is not None,
+        BLOCK_K=block_k, BLOCK_V=block_v, TILES=triton.cdiv(triton.next_power_of_2(width_v), block_v),
+        TAPS=triton.next_power_of_2(max(1, taps)), num_warps=WARPS,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,1079 @@
+"""Linear attention in Triton: rule "gated_delta" with one decay a head, chunked, forward and backward.
+
+The algebra is `reference.py`'s, with T = (I + diag(beta) P)^-1. A chunk of 64 tokens costs one chain of products
+
+    U = T diag(beta) (v - (k e^G) S),    o = (q e^G) S + A U,    S' = e^{G_C} S + k^T (e^{G_C - G} U)
+
+so that per-chunk states never leave the chip in the forward pass. `_prepare` finds T and G of all chunks at once; `_scan` then
+walks the chunks with S in registers. A hybrid has few heads, too few to fill a card, so a sequence is walked in segments:
+
+1. Every segment is a map S -> M S + R. All are found at once by the same walk: R from a zero state, M from the identity with v = 0.
+2. `_join` puts the few maps in order and finds the state between segments in fp32.
+3. Every segment is walked again from its true first state.
+
+Step 1 walks only as far as memory reaches. |M| is at most prod_t e^{g_t} max(1, |1 - beta_t |k_t|^2|), a bound that `_prepare`
+sums up; where it is under e^-200, what lies before is multiplied by less than the smallest float over the largest, exactly 0 in
+fp32. Weak decays keep M, strong ones make step 1 nearly free, and neither is a guess. Packed documents are segments too: a
+document has one or more, and M is never asked for across a start.
+
+The backward pass is the same walk once forwards, to keep the states, and once backwards for their gradients (its maps are M^T);
+`_gradients` then treats all chunks at once. A row's norm and decays are factors of rows of products, so tiles of q and k go from
+memory to the matrix units as they are.
+
+Results are the same bits in every run: no atomics, and the work is cut by shapes, dtype and processors alone. Two patterns that
+Triton 3.4 to 3.7 turns into wrong code for Hopper are avoided throughout: a computed tile transposed to be the left factor of a
+product (its transpose is computed as a product of its own), and more than four warps (`_launch` says why).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64
+SIZES = (32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EPS = 1e-6
+
+_C = tl.constexpr(64)
+# exp(-110) is 0 in fp32: a stronger decay means the same and would cost the sums their low bits.
+_STRONGEST = tl.constexpr(-110.0)
+_LOG2E = tl.constexpr(1.4426950408889634)
+# e^-200 times the largest fp32 number, over 256 channels, rounds to 0 in fp32.
+_FORGOTTEN = tl.constexpr(-200.0)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, *, rule: str) -> str | None:
+    """Why these kernels cannot take a call, in words for the user; None if they can."""
+    if rule != "gated_delta" or decay is None or beta is None:
+        return f"rule {rule!r}: only gated_delta is written in Triton"
+    if decay.dim() != 3:
+        return "a decay a key channel: only one decay a head is written in Triton"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v must share one of bfloat16, float16 and float32"
+    if q.shape[-1] not in SIZES or v.shape[-1] not in SIZES:
+        return f"head sizes {q.shape[-1]} and {v.shape[-1]}: both must be one of {', '.join(map(str, SIZES))}"
+    if q.shape[-1] == 256 and q.dtype == torch.float32:
+        return "float32 heads of size 256: their tiles do not fit a processor"
+    if q.shape[-1] == 256 and v.shape[-1] == 32:
+        return "values of size 32 beside keys of size 256: Triton's code for such tiles reads outside shared memory"
+    if q.numel() == 0:
+        return "no tokens"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    *,
+    rule: str = "gated_delta",
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    l2_norm: bool = False,
+    segment: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o [B, T, H, V] in v's dtype, final state fp32 [B, H, K, V]); arguments as in `hydrasurgery.ops.linear_attention`, and
+
+    Args:
+        cu_seqlens: [N + 1] int32 or int64 on the device, rising from 0 to T: with B = 1, where the N documents of a packed
+            sequence start and end. States are then [N, H, K, V]. A document may be empty.
+        l2_norm: take x / sqrt(sum x^2 + 1e-6) for the rows x of q and k.
+        segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
+    """
+    call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
+    state = _dense(state)
+    plan: list[_Launch] = []
+    parts = _prepare_chunks(plan, call)
+    ends, _ = _segment_ends(plan, call, parts, state)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = call.states(call.docs)
+    _walk(plan, call, parts, state, ends, final, o=o)
+    _run(plan, call)
+    return o, final
+
+
+def backward(
+    grad: Tensor,
+    grad_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    *,
+    rule: str = "gated_delta",
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    l2_norm: bool = False,
+    segment: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, decay, beta and state (None without one), each in its input's dtype, from those of o and of the
+    final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
+    call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
+    state, grad_state = _dense(state), _dense(grad_state)
+    plan: list[_Launch] = []
+    parts = _prepare_chunks(plan, call)
+    ends, maps = _segment_ends(plan, call, parts, state)
+    states = q.new_empty(call.chunks, call.heads, call.keys, call.values)
+    updates = q.new_empty(call.chunks, call.heads, CHUNK, call.values)
+    _walk(plan, call, parts, state, ends, None, states=states, updates=updates)
+    grad = _rows(grad.to(q.dtype))
+    dstates, errors = torch.empty_like(states), torch.empty_like(updates)
+    dfirst = call.states(call.docs)
+    _walk_back(plan, call, parts, grad, grad_state, maps, dfirst, dstates, errors)
+    dq, dk, dv, ddecay, dbeta = _chunk_gradients(plan, call, parts, grad, states, dstates, updates, errors)
+    _run(plan, call)
+    return dq, dk, dv, ddecay, dbeta, None if state is None else dfirst.to(state.dtype)
+
+
+# --- the host's side ---------------------------------------------------------------------------------------------------------
+
+
+class _Launch(NamedTuple):
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict
+
+
+_compiled: set[tuple] = set()
+
+
+def _run(plan: list[_Launch], call: _Call) -> None:
+    """Launch in order. Kernels that are new to this process are compiled side by side first: a cold call waits for the slowest
+    of them, not for their sum."""
+    kind = (plan[-1].kernel, call.q.dtype, call.decay.dtype, call.beta.dtype, call.split, *plan[0].options.values())
+    with torch.cuda.device_of(call.q):
+        if kind not in _compiled and call.q.is_cuda:
+            new = {(x.kernel, *x.options.items()): x for x in plan}.values()
+            with ThreadPoolExecutor(len(new)) as pool, triton.AsyncCompileMode(pool):
+                for kernel, grid, args, options in new:
+                    kernel.warmup(*args, grid=grid, **options)
+            _compiled.add(kind)
+        for kernel, grid, args, options in plan:
+            kernel[grid](*args, **options)
+
+
+class _Call(NamedTuple):
+    """The inputs of a call, and how its tokens are cut; tables only for packed documents, else arithmetic finds the pieces."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor
+    scale: float
+    l2_norm: bool
+    docs: int
+    chunks: int
+    segments: int
+    size: int
+    chunk_table: Tensor | None
+    segment_table: Tensor | None
+    first_segments: Tensor | None
+
+    @classmethod
+    def of(cls, q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment) -> _Call:
+        batch, length, heads, keys = q.shape
+        values = v.shape[-1]
+        scale = keys**-0.5 if scale is None else scale
+        if reason := refusal(q, k, v, decay, beta, rule=rule):
+            raise ValueError(f"linear attention in Triton cannot take {reason}")
+        if segment is None:
+            programs = heads * (values // _value_block(keys, values, q.dtype))
+            segment = _segment_tokens(length, batch, programs, _processors(q.device))
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        if cu_seqlens is None:
+            segments = batch * triton.cdiv(length, segment)
+            chunks = batch * triton.cdiv(length, CHUNK)
+            return cls(q, k, v, decay, beta, scale, l2_norm, batch, chunks, segments, segment, None, None, None)
+        if batch != 1:
+            raise ValueError(f"cu_seqlens needs one packed sequence, B = 1; found B = {batch}")
+        docs = cu_seqlens.numel() - 1
+        chunks, segments = length // CHUNK + docs, length // segment + docs
+        tables = _tables(cu_seqlens, chunks, segments, segment)
+        return cls(q, k, v, decay, beta, scale, l2_norm, docs, chunks, segments, segment, *tables)
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def values(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def split(self) -> bool:
+        """May a document have several segments? (Known on the host; whether one has is known on the device.)"""
+        return self.segments > self.docs
+
+    def states(self, count: int) -> Tensor:
+        return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
+
+    def options(self, kind: str, **switches: object) -> dict:
+        """What every kernel takes: sizes, and the fixed choice of warps and stages."""
+        return (
+            {
+                "K": self.keys,
+                "V": self.values,
+                "VARLEN": self.chunk_table is not None,
+                "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
+            }
+            | _launch(kind, self.keys, self.q.dtype)
+            | switches
+        )
+
+
+class _Parts(NamedTuple):
+    """What `_prepare` finds of a chunk and head: T, G / ln 2, the factors of rows of q and k, beta, and the log of |M|'s bound.
+
+    All but T in fp32: loads of fewer than 4 bytes are not fetched ahead, and waiting for one costs as much as two products.
+    """
+
+    solve: Tensor
+    total: Tensor
+    rows_q: Tensor
+    rows_k: Tensor
+    writes: Tensor
+    reach: Tensor
+
+
+class _Maps(NamedTuple):
+    """M of each segment, and whether it is anything but 0."""
+
+    move: Tensor
+    moves: Tensor
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _segment_tokens(length: int, batch: int, programs: int, processors: int) -> int:
+    """As many segments as one wave of the card holds, two programs a processor, none shorter than four chunks."""
+    chunks = triton.cdiv(length, CHUNK)
+    pieces = max(1, min(2 * processors // (programs * batch), chunks // 4))
+    return CHUNK * triton.cdiv(chunks, pieces)
+
+
+def _value_block(keys: int, values: int, dtype: torch.dtype) -> int:
+    """Columns of S a program holds. 64: S [128, 64] takes 64 of a thread's 255 registers, and two programs share a processor.
+    fp32 products are three each and their tiles twice as large: half the columns."""
+    return min(values, 32 if dtype == torch.float32 else 64)
+
+
+def _gradient_block(keys: int, values: int, dtype: torch.dtype) -> int:
+    """Columns of S and dS that `_gradients` reads at once: a tile passes through registers, which its sums need."""
+    return min(values, 64 if keys <= 128 and dtype != torch.float32 else 32)
+
+
+def _launch(kind: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
+    """The fixed choice of a kernel's stages and registers.
+
+    Always four warps, one group of Hopper's matrix units: with two groups results were seen to change from run to run (a group's
+    wait covers its own products only, and tiles that the other still reads are overwritten).
+    """
+    narrow = keys <= 128 and dtype != torch.float32
+    if kind == "prepare" and narrow:
+        # One long chain and no loop: with 128 registers four programs share a processor.
+        return {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
+    if kind == "scan" and narrow:
+        # The next chunk's tiles are on their way while this one's chain runs; more stages leave room for one program only.
+        return {"num_warps": 4, "num_stages": 2}
+    # `_join` has a chain, `_gradients` short loops, wide tiles no room: nothing to fetch ahead.
+    return {"num_warps": 4, "num_stages": 1}
+
+
+def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pieces of packed documents, made on the device: rows (document, start, stop, first chunk, is first, is last) for chunks
+    and segments, unused rows with document -1; and each document's first segment."""
+    starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    lengths = stops - starts
+    chunk_ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
+    segment_ends = ((lengths + size - 1) // size).clamp(min=1).cumsum(0)
+    chunk_firsts = torch.nn.functional.pad(chunk_ends, (1, 0))
+    segment_firsts = torch.nn.functional.pad(segment_ends, (1, 0))
+
+    def cut(ends: Tensor, firsts: Tensor, count: int, length: int) -> Tensor:
+        index = torch.arange(count, device=ends.device)
+        doc = torch.searchsorted(ends, index, right=True)
+        used = doc < len(ends)
+        doc = doc.clamp(max=len(ends) - 1)
+        offset = (index - firsts[doc]) * length
+        start = starts[doc] + offset
+        stop = torch.minimum(start + length, stops[doc])
+        columns = (
+            torch.where(used, doc, -1),
+            start,
+            stop,
+            chunk_firsts[doc] + offset // CHUNK,
+            index == firsts[doc],
+            index + 1 == ends[doc],
+        )
+        return torch.stack([x.int() for x in columns], dim=1)
+
+    return (
+        cut(chunk_ends, chunk_firsts, chunks, CHUNK),
+        cut(segment_ends, segment_firsts, segments, size),
+        segment_firsts.int(),
+    )
+
+
+def _prepare_chunks(plan: list[_Launch], call: _Call) -> _Parts:
+    q, k = call.q, call.k
+    shape = (call.chunks, call.heads)
+    solve = q.new_empty(*shape, CHUNK, CHUNK)
+    total, rows_q, rows_k, writes = vectors = q.new_empty(4, *shape, CHUNK, dtype=torch.float32).unbind()
+    reach = q.new_empty(shape, dtype=torch.float32)
+    args = (
+        *(q, k, call.decay, call.beta, solve, *vectors, reach, call.chunk_table),
+        *(*q.stride()[:3], *k.stride()[:3], *call.decay.stride(), *call.beta.stride()),
+        *(q.shape[1], call.heads, call.scale, EPS),
+    )
+    options = call.options("prepare", L2=call.l2_norm)
+    plan.append(_Launch(_prepare, (call.heads * call.chunks,), args, options))
+    return _Parts(solve, total, rows_q, rows_k, writes, reach)
+
+
+def _segment_ends(
+    plan: list[_Launch], call: _Call, parts: _Parts, state: Tensor | None
+) -> tuple[Tensor | None, _Maps | None]:
+    """The state after each segment but a document's last, and the segments' maps; None if no document is split."""
+    if not call.split:
+        return None, None
+    ends = call.states(call.segments)
+    moves = ends.new_empty(call.segments, call.heads, call.keys, call.keys)
+    maps = _Maps(moves, torch.empty(call.segments, call.heads, dtype=torch.int32, device=ends.device))
+    _walk(plan, call, parts, state, ends, None, maps=maps)
+    _join_segments(plan, call, ends, maps, back=False)
+    return ends, maps
+
+
+def _walk(
+    plan: list[_Launch],
+    call: _Call,
+    parts: _Parts,
+    state: Tensor | None,
+    ends: Tensor | None,
+    final: Tensor | None,
+    *,
+    maps: _Maps | None = None,
+    o: Tensor | None = None,
+    states: Tensor | None = None,
+    updates: Tensor | None = None,
+) -> None:
+    """Forwards through all segments: to find their maps, or else the outputs, or the states and updates of chunks."""
+    block = _value_block(call.keys, call.values, call.q.dtype)
+    columns = call.values // block + (triton.cdiv(call.keys, block) if maps else 0)
+    unused = parts.total  # Stands where a kernel reads and writes nothing.
+    q, k, v = call.q, call.k, call.v
+    pointers = (state, ends, maps and maps.move, maps and maps.moves, o, states, updates, final)
+    args = (
+        *(q, k, v, *parts),
+        *(unused if x is None else x for x in pointers),
+        call.segment_table,
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
+    )
+    options = call.options("scan", BV=block, OUTPUTS=o is not None)
+    plan.append(_Launch(_scan, (columns, call.heads, call.segments), args, options))
+
+
+def _walk_back(
+    plan: list[_Launch],
+    call: _Call,
+    parts: _Parts,
+    grad: Tensor,
+    grad_state: Tensor | None,
+    maps: _Maps | None,
+    dfirst: Tensor,
+    dstates: Tensor,
+    errors: Tensor,
+) -> None:
+    """Backwards through all segments: the gradients of first states, of the state after each chunk, and of T's results."""
+    block = _value_block(call.keys, call.values, call.q.dtype)
+    begins = dfirst if maps is None else call.states(call.segments)
+    for find in (True, False) if maps else (False,):
+        args = (
+            *(grad, call.q, call.k, *parts),
+            *(dfirst if grad_state is None else grad_state, begins, dfirst, dstates, errors, call.segment_table),
+            *(*grad.stride()[:3], *call.q.stride()[:3], *call.k.stride()[:3]),
+            *(call.q.shape[1], call.heads, call.size, int(grad_state is not None), int(find)),
+        )
+        grid = (call.values // block, call.heads, call.segments)
+        plan.append(_Launch(_scan_back, grid, args, call.options("scan", BV=block)))
+        if find and maps is not None:
+            _join_segments(plan, call, begins, maps, back=True)
+
+
+def _join_segments(plan: list[_Launch], call: _Call, states: Tensor, maps: _Maps, *, back: bool) -> None:
+    block = min(call.values, 32)
+    args = (states, *maps, call.first_segments, call.q.shape[1], call.heads, call.size)
+    options = call.options("join", BV=block, BACK=back) | {"PRECISION": "tf32x3"}
+    plan.append(_Launch(_join, (call.values // block, call.heads, call.docs), args, options))
+
+
+def _chunk_gradients(
+    plan: list[_Launch],
+    call: _Call,
+    parts: _Parts,
+    grad: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    updates: Tensor,
+    errors: Tensor,
+) -> tuple[Tensor, ...]:
+    q, k, v, decay, beta = inputs = (call.q, call.k, call.v, call.decay, call.beta)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    args = (
+        *(grad, q, k, v, *parts[1:5], states, dstates, updates, errors),
+        *(*grads, call.chunk_table),
+        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(q.shape[1], call.heads, call.scale),
+    )
+    options = call.options("gradients", L2=call.l2_norm, BV=_gradient_block(call.keys, call.values, call.q.dtype))
+    plan.append(_Launch(_gradients, (call.heads * call.chunks,), args, options))
+    return grads
+
+
+# --- pieces ------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _piece(table, index, length, size, VARLEN: tl.constexpr):
+    """(document, start, stop, first chunk, is first, is last) of a piece of at most `size` tokens; tokens count from the row."""
+    if VARLEN:
+        row = table + index * 6
+        doc, start, stop = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        chunk, first, last = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    else:
+        pieces = (length + size - 1) // size
+        doc = index // pieces
+        part = index % pieces
+        start = part * size
+        stop = tl.minimum(start + size, length)
+        chunk = doc * ((length + _C - 1) // _C) + part * (size // _C)
+        first = (part == 0).to(tl.int32)
+        last = (part == pieces - 1).to(tl.int32)
+    return doc, start, stop, chunk, first, last
+
+
+@triton.jit
+def _row(base, doc, head, token, stride_b, stride_t, stride_h, VARLEN: tl.constexpr):
+    """Where a token's row starts. 64-bit: a long sequence has more than 2^31 elements."""
+    where = base + token.to(tl.int64) * stride_t + head * stride_h
+    if not VARLEN:
+        where += doc.to(tl.int64) * stride_b
+    return where
+
+
+@triton.jit
+def _tile(start, stride, valid, columns):
+    """[C, D]: rows of tokens, 0 past the end."""
+    rows = tl.arange(0, _C)
+    return tl.load(start + rows[:, None] * stride + columns[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def _invert(lower, PRECISION: tl.constexpr):
+    """(I + lower)^-1 for a strictly lower [64, 64].
+
+    The inverse of [[A, 0], [B, C]] is [[A', 0], [-C' B A', C']]: blocks grow from 1 to 64 rows, all of one size at once, and with
+    X = diag(A', C', ...) a step is X - X B X. Blocks up to 16 rows are done as four separate [16, 16].
+    """
+    i4, j4 = tl.arange(0, 4)[:, None], tl.arange(0, 4)[None, :]
+    same = (i4 == j4)[:, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(lower, (4, 16, 4, 16)), 0.0), axis=2)
+    i, j = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, blocks, 0.0)
+    for level in tl.static_range(1, 4):
+        corner = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), blocks, 0.0)
+        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
+    x = tl.reshape(tl.where(same, tl.expand_dims(x, 2), 0.0), (64, 64))
+    i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    for level in tl.static_range(4, 6):
+        corner = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), lower, 0.0)
+        x -= tl.dot(tl.dot(x, corner, input_precision=PRECISION), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def _prepare(
+    q,
+    k,
+    decay,
+    beta,
+    solve,
+    total,
+    rows_q,
+    rows_k,
+    writes,
+    reach,
+    table,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    g_b,
+    g_t,
+    g_h,
+    b_b,
+    b_t,
+    b_h,
+    length,
+    heads,
+    scale,
+    eps,
+    L2: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One chunk and head: T, G, the factors of rows (norms, and the scale of q) and the log of the bound of |M|."""
+    head, index = tl.program_id(0) % heads, tl.program_id(0) // heads
+    doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
+    if doc < 0:
+        return
+    BK: tl.constexpr = K if K < 128 else 128
+    rows = tl.arange(0, _C)
+    valid = rows < stop - start
+    item = index.to(tl.int64) * heads + head
+    steps = tl.load(_row(decay, doc, head, start, g_b, g_t, g_h, VARLEN) + rows * g_t, mask=valid, other=0.0)
+    g = tl.cumsum(tl.maximum(steps.to(tl.float32), _STRONGEST), 0)
+    write = tl.load(_row(beta, doc, head, start, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
+    write = write.to(tl.float32)
+
+    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
+    gram = tl.zeros([_C, _C], tl.float32)
+    for at in tl.static_range(0, K, BK):
+        kt = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
+        gram = tl.dot(kt, tl.trans(kt), gram, input_precision=PRECISION)
+    i, j = rows[:, None], rows[None, :]
+    square = tl.sum(tl.where(i == j, gram, 0.0), 1)
+    factor_q = tl.where(valid, scale, 0.0)
+    factor_k = tl.where(valid, 1.0, 0.0)
+    if L2:
+        first_q = _row(q, doc, head, start, q_b, q_t, q_h, VARLEN)
+        square_q = tl.zeros([_C], tl.float32)
+        for at in tl.static_range(0, K, BK):
+            qt = _tile(first_q, q_t, valid, at + tl.arange(0, BK)).to(tl.float32)
+            square_q += tl.sum(qt * qt, 1)
+        factor_q *= tl.rsqrt(square_q + eps)
+        factor_k *= tl.rsqrt(square + eps)
+        square *= factor_k * factor_k
+        gram *= factor_k[:, None] * factor_k[None, :]
+    steps = g * _LOG2E
+    between = tl.exp2(tl.minimum(steps[:, None] - steps[None, :], 0.0))
+    lower = tl.where(i > j, write[:, None] * gram * between, 0.0)
+    x = _invert(lower, PRECISION)
+    tl.store(solve + item * _C * _C + i * _C + j, x.to(solve.dtype.element_ty))
+    tl.store(total + item * _C + rows, steps)
+    tl.store(writes + item * _C + rows, write)
+    tl.store(rows_q + item * _C + rows, factor_q)
+    tl.store(rows_k + item * _C + rows, factor_k)
+    growth = tl.log(tl.maximum(tl.abs(1.0 - write * square), 1.0))
+    tl.store(reach + item, tl.sum(growth, 0) + tl.min(g, 0))
+
+
+@triton.jit
+def _remembered(reach, chunk, chunks, heads, head, BACK: tl.constexpr):
+    """How many chunks, from the last one back (or from the first one on), change the result in fp32; `chunks + 1` if all do,
+    and the state that they start from too."""
+    found = chunks + 1
+    total = 0.0
+    for block in range(0, tl.cdiv(chunks, 64)):
+        n = block * 64 + tl.arange(0, 64)
+        at = chunk + (n if BACK else chunks - 1 - n)
+        bounds = tl.load(reach + at.to(tl.int64) * heads + head, mask=n < chunks, other=0.0)
+        sums = total + tl.cumsum(bounds, 0)
+        found = tl.minimum(found, tl.min(tl.where((sums < _FORGOTTEN) & (n < chunks), n + 1, chunks + 1), 0))
+        total += tl.sum(bounds, 0)
+    return found
+
+
+# --- the walks ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["length", "heads", "size", "has_state", "has_final", "find"])
+def _scan(
+    q,
+    k,
+    v,
+    solve,
+    total,
+    rows_q,
+    rows_k,
+    writes,
+    reach,
+    state,
+    ends,
+    move,
+    moves,
+    o,
+    states,
+    updates,
+    final,
+    table,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    length,
+    heads,
+    size,
+    has_state,
+    has_final,
+    find,
+    BV: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A segment, a head and BV columns of S [K, BV], chunk by chunk.
+
+    `find`: the segment's map; columns from V on are those of M. Otherwise from the true first state: to outputs, or to the state
+    before each chunk and its updates U.
+    """
+    column, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    doc, start, stop, chunk, first, last = _piece(table, segment, length, size, VARLEN)
+    of_map = column >= V // BV
+    of_values = column < V // BV
+    # A document's first segment needs no M, its last neither M nor R.
+    if (doc < 0) | ((find != 0) & ((last != 0) | (of_map & (first != 0)))):
+        return
+    dtype = q.dtype.element_ty
+    chunks = (stop - start + _C - 1) // _C
+    used = chunks + 1
+    if find != 0:
+        used = _remembered(reach, chunk, chunks, heads, head, False)
+    whole = used > chunks
+    begin = tl.maximum(chunks - used, 0)
+    begin = tl.where(of_map & (used <= chunks), chunks, begin)  # M = 0: nothing to walk.
+    rows, channels = tl.arange(0, _C), tl.arange(0, K)
+    columns = tl.where(of_map, column - V // BV, column) * BV + tl.arange(0, BV)
+    inside = columns < tl.where(of_values, V, 0)  # For M, v is 0.
+    given = columns < tl.where(of_values & (has_state != 0) & (first != 0) & whole, V, 0)
+    found = columns < tl.where((find == 0) & (first == 0), V, 0)
+    cell = channels[:, None] * V + columns[None, :]
+    here = (doc.to(tl.int64) * heads + head) * K * V
+    before = ((segment - 1).to(tl.int64) * heads + head) * K * V
+    s = tl.load(state + here + cell, mask=given[None, :], other=0.0).to(tl.float32)
+    s += tl.load(ends + before + cell, mask=found[None, :], other=0.0)
+    s += tl.where(channels[:, None] == columns[None, :], tl.where(of_map & whole, 1.0, 0.0), 0.0)
+
+    if (not OUTPUTS) & (find == 0) & (chunks > 0):
+        tl.store(states + (chunk.to(tl.int64) * heads + head) * K * V + cell, s.to(dtype))
+    for c in range(begin, chunks):
+        at = start + c * _C
+        valid = rows < stop - at
+        item = (chunk + c).to(tl.int64) * heads + head
+        kt = _tile(_row(k, doc, head, at, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
+        vt = tl.load(
+            _row(v, doc, head, at, v_b, v_t, v_h, VARLEN) + rows[:, None] * v_t + columns[None, :],
+            mask=valid[:, None] & inside[None, :],
+            other=0.0,
+        )
+        tt = tl.load(solve + item * _C * _C + rows[:, None] * _C + rows[None, :])
+        g = tl.load(total + item * _C + rows)
+        g_end = tl.load(total + item * _C + _C - 1)
+        factor_k = tl.load(rows_k + item * _C + rows)
+        write = tl.load(writes + item * _C + rows)
+        held = s.to(dtype)
+        x = tl.dot(kt, held, input_precision=PRECISION)
+        if OUTPUTS:
+            qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
+            factor_q = tl.load(rows_q + item * _C + rows)
+            y = tl.dot(qt, held, input_precision=PRECISION)
+        x = write[:, None] * (vt.to(tl.float32) - (factor_k * tl.exp2(g))[:, None] * x)
+        u = tl.dot(tt, x.to(dtype), input_precision=PRECISION)
+        fall = factor_k * tl.exp2(tl.minimum(g_end - g, 0.0))
+        s = tl.dot(tl.trans(kt), (u * fall[:, None]).to(dtype), s * tl.exp2(g_end), input_precision=PRECISION)
+        # Stores come last: a product waits for those before it.
+        if OUTPUTS:
+            scores = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+            between = tl.exp2(tl.minimum(g[:, None] - g[None, :], 0.0)) * (factor_q[:, None] * factor_k[None, :])
+            scores = tl.where(rows[:, None] >= rows[None, :], scores * between, 0.0)
+            y *= (factor_q * tl.exp2(g))[:, None]
+            y = tl.dot(scores.to(dtype), u.to(dtype), y, input_precision=PRECISION)
+            token = at.to(tl.int64)
+            if not VARLEN:
+                token += doc.to(tl.int64) * length
+            out = o + (token * heads + head) * V + rows[:, None] * (heads * V) + columns[None, :]
+            tl.store(out, y.to(o.dtype.element_ty), mask=valid[:, None])
+        elif find == 0:
+            tl.store(updates + item * _C * V + rows[:, None] * V + columns[None, :], u.to(dtype))
+            if c + 1 < chunks:
+                tl.store(states + (item + heads) * K * V + cell, s.to(dtype))
+
+    item = segment.to(tl.int64) * heads + head
+    if find == 0:
+        if (has_final != 0) & (last != 0):
+            tl.store(final + here + cell, s)
+    elif of_map:
+        tl.store(move + item * K * K + channels[:, None] * K + columns[None, :], s, mask=(columns < K)[None, :])
+        if column == V // BV:
+            tl.store(moves + item, whole.to(tl.int32))
+    else:
+        tl.store(ends + item * K * V + cell, s)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "size", "has_state", "find"])
+def _scan_back(
+    grad,
+    q,
+    k,
+    solve,
+    total,
+    rows_q,
+    rows_k,
+    writes,
+    reach,
+    grad_state,
+    begins,
+    dfirst,
+    dstates,
+    errors,
+    table,
+    d_b,
+    d_t,
+    d_h,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    length,
+    heads,
+    size,
+    has_state,
+    find,
+    BV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A segment from its last chunk to its first, with the gradient of the state dS [K, BV]:
+
+        dU = A^T do + (k e^{G_C - G}) dS',    Z = T^T dU,    dS = e^{G_C} dS' + (q e^G)^T do - (k e^G)^T (beta Z)
+
+    `find`: from 0 (a document's last segment: from the final state's gradient), to learn what the segment adds. Otherwise from
+    the true gradient, and dS' and Z of each chunk are kept.
+    """
+    column, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    doc, start, stop, chunk, first, last = _piece(table, segment, length, size, VARLEN)
+    if (doc < 0) | ((find != 0) & (first != 0)):
+        return
+    dtype = q.dtype.element_ty
+    chunks = (stop - start + _C - 1) // _C
+    used = chunks + 1
+    if find != 0:
+        used = _remembered(reach, chunk, chunks, heads, head, True)
+    whole = used > chunks
+    used = tl.minimum(used, chunks)
+    rows, channels = tl.arange(0, _C), tl.arange(0, K)
+    columns = column * BV + tl.arange(0, BV)
+    cell = channels[:, None] * V + columns[None, :]
+    given = columns < tl.where((has_state != 0) & (last != 0) & whole, V, 0)
+    found = columns < tl.where((find == 0) & (last == 0), V, 0)
+    here = (doc.to(tl.int64) * heads + head) * K * V
+    after = ((segment + 1).to(tl.int64) * heads + head) * K * V
+    ds = tl.load(grad_state + here + cell, mask=given[None, :], other=0.0).to(tl.float32)
+    ds += tl.load(begins + after + cell, mask=found[None, :], other=0.0)
+
+    if (find == 0) & (chunks > 0):
+        tl.store(dstates + ((chunk + chunks - 1).to(tl.int64) * heads + head) * K * V + cell, ds.to(dtype))
+    for n in range(0, used):
+        c = used - 1 - n
+        at = start + c * _C
+        valid = rows < stop - at
+        item = (chunk + c).to(tl.int64) * heads + head
+        qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
+        kt = _tile(_row(k, doc, head, at, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
+        do = _tile(_row(grad, doc, head, at, d_b, d_t, d_h, VARLEN), d_t, valid, columns)
+        tt = tl.load(solve + item * _C * _C + rows[:, None] * _C + rows[None, :])
+        g = tl.load(total + item * _C + rows)
+        g_end = tl.load(total + item * _C + _C - 1)
+        factor_q = tl.load(rows_q + item * _C + rows)
+        factor_k = tl.load(rows_k + item * _C + rows)
+        write = tl.load(writes + item * _C + rows)
+        held = ds.to(dtype)
+        # Rows are keys here: A^T is a product of its own.
+        scores = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
+        between = tl.exp2(tl.minimum(g[None, :] - g[:, None], 0.0)) * (factor_q[None, :] * factor_k[:, None])
+        scores = tl.where(rows[None, :] >= rows[:, None], scores * between, 0.0)
+        fall = factor_k * tl.exp2(tl.minimum(g_end - g, 0.0))
+        du = tl.dot(kt, held, input_precision=PRECISION) * fall[:, None]
+        du = tl.dot(scores.to(dtype), do, du, input_precision=PRECISION)
+        z = tl.dot(tl.trans(tt), du.to(dtype), input_precision=PRECISION)
+        rise = tl.exp2(g)
+        read = do.to(tl.float32) * (factor_q * rise)[:, None]
+        ds = tl.dot(tl.trans(qt), read.to(dtype), ds * tl.exp2(g_end), input_precision=PRECISION)
+        erased = z * (-write * factor_k * rise)[:, None]
+        ds = tl.dot(tl.trans(kt), erased.to(dtype), ds, input_precision=PRECISION)
+        if find == 0:
+            tl.store(errors + item * _C * V + rows[:, None] * V + columns[None, :], z.to(dtype))
+            if c > 0:
+                tl.store(dstates + (item - heads) * K * V + cell, ds.to(dtype))
+
+    if find != 0:
+        tl.store(begins + (segment.to(tl.int64) * heads + head) * K * V + cell, ds)
+    elif first != 0:
+        tl.store(dfirst + here + cell, ds)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "size"])
+def _join(
+    states,
+    move,
+    moves,
+    first_segments,
+    length,
+    heads,
+    size,
+    BV: tl.constexpr,
+    BACK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A document's segments in order, in place: states[n] += M_n states[n - 1]; backwards states[n] += M_n^T states[n + 1].
+
+    M has a row for every channel and S is the right factor, so rows go in blocks and S passes through memory.
+    """
+    column, head, doc = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if VARLEN:
+        begin = tl.load(first_segments + doc)
+        count = tl.load(first_segments + doc + 1) - begin
+    else:
+        count = (length + size - 1) // size
+        begin = doc * count
+    BR: tl.constexpr = K if K < 64 else 64
+    channels = tl.arange(0, K)
+    columns = column * BV + tl.arange(0, BV)
+    cell = channels[:, None] * V + columns[None, :]
+    # First and last segment have no map.
+    for n in range(1, count - 1):
+        segment = begin + (count - 1 - n if BACK else n)
+        item = segment.to(tl.int64) * heads + head
+        if tl.load(moves + item) != 0:
+            neighbour = item + heads if BACK else item - heads
+            s = tl.load(states + neighbour * K * V + cell)
+            for row in tl.static_range(0, K, BR):
+                r = row + tl.arange(0, BR)
+                if BACK:
+                    m = tl.load(move + item * K * K + channels[None, :] * K + r[:, None])
+                else:
+                    m = tl.load(move + item * K * K + r[:, None] * K + channels[None, :])
+                own = states + item * K * V + r[:, None] * V + columns[None, :]
+                tl.store(own, tl.dot(m, s, tl.load(own), input_precision=PRECISION))
+        # The next step reads what other threads of this program have written.
+        tl.debug_barrier()
+
+
+# --- gradients of a chunk ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _between(total, item, TURNED: tl.constexpr):
+    """D_ij = e^{G_i - G_j} for tokens i (rows) and j, or turned, D_ji; 1 where it is not used."""
+    rows = tl.arange(0, _C)
+    g_i, g_j = tl.load(total + item * _C + rows)[:, None], tl.load(total + item * _C + rows)[None, :]
+    return tl.exp2(tl.minimum(g_j - g_i if TURNED else g_i - g_j, 0.0))
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def _gradients(
+    grad,
+    q,
+    k,
+    v,
+    total,
+    rows_q,
+    rows_k,
+    writes,
+    states,
+    dstates,
+    updates,
+    errors,
+    dq,
+    dk,
+    dv,
+    ddecay,
+    dbeta,
+    table,
+    d_b,
+    d_t,
+    d_h,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    length,
+    heads,
+    scale,
+    L2: tl.constexpr,
+    BV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One chunk and head, from S before it, dS' after it, U and Z. With D_ij = e^{G_i - G_j}, q and k with their factors:
+
+        F = (do U^T) D, H = -beta (Z U^T) D below the diagonal
+        dq = F k + e^G do S^T
+        dk = H k - beta e^G Z S^T                      (the part that rises with G)
+           + F^T q + H^T k + (e^{G_C - G} U) dS'^T     (the part that falls with it)
+        dbeta = Z . (v - (k e^G) S - P U) = Z . v - e^G k . (Z S^T) - rows of P (Z U^T)
+        dG = q . dq + k . (the rising part - the falling part), and at the last token also that of G_C
+
+    A norm's backward takes a row's own direction away: with y = r x, dx = r (dy - y (y . dy)). There is one sum [64, K] at a time,
+    and each part reads its tiles again: registers are what is short.
+    """
+    head, index = tl.program_id(0) % heads, tl.program_id(0) // heads
+    doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
+    if doc < 0:
+        return
+    dtype = q.dtype.element_ty
+    BK: tl.constexpr = K if K < 128 else 128
+    rows, channels = tl.arange(0, _C), tl.arange(0, K)
+    i, j = rows[:, None], rows[None, :]
+    valid = rows < stop - start
+    item = index.to(tl.int64) * heads + head
+    local = item * _C * V + rows[:, None] * V
+    cell = item * K * V + channels[:, None] * V
+    first_do = _row(grad, doc, head, start, d_b, d_t, d_h, VARLEN)
+    first_v = _row(v, doc, head, start, v_b, v_t, v_h, VARLEN)
+    first_q = _row(q, doc, head, start, q_b, q_t, q_h, VARLEN)
+    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
+    token = start.to(tl.int64)
+    if not VARLEN:
+        token += doc.to(tl.int64) * length
+    line = token * heads + head  # The first row in a contiguous [tokens, heads].
+    row_k = line * K + rows[:, None] * (heads * K) + channels[None, :]
+    g_end = tl.load(total + item * _C + _C - 1)
+
+    # q, through F.
+    f = tl.zeros([_C, _C], tl.float32)
+    y = tl.zeros([_C, K], tl.float32)
+    for at in range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        do = _tile(first_do, d_t, valid, columns)
+        f = tl.dot(do, tl.trans(tl.load(updates + local + columns[None, :])), f, input_precision=PRECISION)
+        y = tl.dot(do, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
+    factor = tl.load(rows_k + item * _C + rows)
+    f = tl.where(i >= j, f * _between(total, item, False), 0.0) * factor[None, :]
+    y *= tl.exp2(tl.load(total + item * _C + rows))[:, None]
+    y = tl.dot(f.to(dtype), _tile(first_k, k_t, valid, channels), y, input_precision=PRECISION)
+    factor = tl.load(rows_q + item * _C + rows)
+    raw = _tile(first_q, q_t, valid, channels).to(tl.float32)
+    dg = tl.sum(y * raw, 1) * factor
+    y *= factor[:, None]
+    if L2:
+        norm = factor / scale
+        y -= (norm * norm * dg)[:, None] * raw
+    tl.store(dq + row_k, y.to(dq.dtype.element_ty), mask=valid[:, None])
+
+    # v and beta, and the part of k that rises with G, through H.
+    h = tl.zeros([_C, _C], tl.float32)
+    y = tl.zeros([_C, K], tl.float32)
+    db = tl.zeros([_C], tl.float32)
+    write = tl.load(writes + item * _C + rows)
+    for at in range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        z = tl.load(errors + local + columns[None, :])
+        h = tl.dot(z, tl.trans(tl.load(updates + local + columns[None, :])), h, input_precision=PRECISION)
+        y = tl.dot(z, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
+        wide = z.to(tl.float32)
+        db += tl.sum(wide * _tile(first_v, v_t, valid, columns).to(tl.float32), 1)
+        out = dv + line * V + rows[:, None] * (heads * V) + columns[None, :]
+        tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
+    gram = tl.zeros([_C, _C], tl.float32)
+    for at in tl.static_range(0, K, BK):
+        part = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
+        gram = tl.dot(part, tl.trans(part), gram, input_precision=PRECISION)
+    factor = tl.load(rows_k + item * _C + rows)
+    h = tl.where(i > j, h * _between(total, item, False), 0.0) * factor[None, :]
+    rise = tl.exp2(tl.load(total + item * _C + rows))
+    kt = _tile(first_k, k_t, valid, channels)
+    db -= (tl.sum(h * gram, 1) + tl.sum(y * kt.to(tl.float32), 1) * rise) * factor
+    y = tl.dot(h.to(dtype), kt, y * rise[:, None], input_precision=PRECISION) * -write[:, None]
+    up = tl.sum(y * kt.to(tl.float32), 1)
+    tl.store(dbeta + line + rows * heads, db.to(dbeta.dtype.element_ty), mask=valid)
+
+    # The part of k that falls with G, through F^T and H^T: onto the same sum, its products with k by difference.
+    f = tl.zeros([_C, _C], tl.float32)
+    h = tl.zeros([_C, _C], tl.float32)
+    fall = tl.exp2(tl.minimum(g_end - tl.load(total + item * _C + rows), 0.0))
+    for at in range(0, V, BV):
+        columns = at + tl.arange(0, BV)
+        u = tl.load(updates + local + columns[None, :])
+        f = tl.dot(u, tl.trans(_tile(first_do, d_t, valid, columns)), f, input_precision=PRECISION)
+        h = tl.dot(u, tl.trans(tl.load(errors + local + columns[None, :])), h, input_precision=PRECISION)
+        ds = tl.load(dstates + cell + columns[None, :])
+        carried = (u.to(tl.float32) * fall[:, None]).to(dtype)
+        y = tl.dot(carried, tl.trans(ds), y, input_precision=PRECISION)
+    factor = tl.load(rows_k + item * _C + rows)
+    kt = _tile(first_k, k_t, valid, channels)
+    whole = tl.sum((tl.sum(y * kt.to(tl.float32), 1) - up) * factor, 0)
+    between = _between(total, item, True)
+    f = tl.where(j >= i, f * between, 0.0) * tl.load(rows_q + item * _C + rows)[None, :]
+    h = tl.where(j > i, h * between, 0.0) * (-write * factor)[None, :]
+    y = tl.dot(f.to(dtype), _tile(first_q, q_t, valid, channels), y, input_precision=PRECISION)
+    y = tl.dot(h.to(dtype), kt, y, input_precision=PRECISION)
+    both = tl.sum(y * kt.to(tl.float32), 1)
+    dg += (2.0 * up - both) * factor
+    y *= factor[:, None]
+    if L2:
+        y -= (factor * factor * factor * both)[:, None] * kt.to(tl.float32)
+    tl.store(dk + row_k, y.to(dk.dtype.element_ty), mask=valid[:, None])
+
+    # e^{G_C} also multiplies S.
+    shared = tl.zeros([K, 32], tl.float32)
+    for at in range(0, V, 32):
+        columns = at + tl.arange(0, 32)
+        s = tl.load(states + cell + columns[None, :])
+        shared += s.to(tl.float32) * tl.load(dstates + cell + columns[None, :]).to(tl.float32)
+    whole += tl.sum(tl.sum(shared, 1), 0) * tl.exp2(g_end)
+    dg = tl.cumsum(dg, 0, reverse=True) + whole
+    tl.store(ddecay + line + rows * heads, dg.to(ddecay.dtype.element_ty), mask=valid)

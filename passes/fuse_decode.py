@@ -1,0 +1,77 @@
+"""fuse-decode: for one token that follows a state, all linear heads of a layer become one `hydra::decode_step`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from hydrasurgery.layers import merge_heads, to_heads, to_tokens
+from hydrasurgery.passes.base import Pass, PassResult, arguments, register
+from hydrasurgery.passes.fuse_heads import FUSION
+from hydrasurgery.passes.linearize_heads import CONV, LINEAR
+from hydrasurgery.regions import Region
+from hydrasurgery.state import count_tokens, step_linear, write_state
+
+
+@register
+@dataclass(frozen=True)
+class FuseDecode(Pass):
+    """Gives the region a second graph, `decode`, in which convolution, L2 norm, recurrence, RMS norm, gamma and gate are one node.
+
+    The region's own graph stays as it is: prefill, training and tracing run it. Only rule gated_delta with full heads
+    passed through has the operator; other regions keep one graph.
+    """
+
+    name: ClassVar[str] = "fuse-decode"
+
+    def requires(self, region: Region) -> None:
+        threaded = any(n.op == "placeholder" and n.target == "state" for n in region.graph.nodes)
+        self.need(region, threaded, "run thread-state first: the graph has no state input")
+
+    def run(self, region: Region) -> PassResult:
+        fused = region.find(FUSION)
+        if not fused or region.options.get("rule") != "gated_delta" or fused[0].kwargs["norm_full"]:
+            return PassResult(region, False)
+        graph = copy.deepcopy(region.graph)
+        fusion = graph.find_nodes(op="call_function", target=FUSION)[0]
+        recurrence = graph.find_nodes(op="call_function", target=LINEAR)[0]
+        full, _, gamma, gate = arguments(fusion)
+        decay, beta = arguments(recurrence)[3:5]
+        state = next(n for n in graph.nodes if n.op == "placeholder" and n.target == "state")
+        flags = next(n for n in graph.nodes if n.name == "reset")
+        heads = len(region.linear_heads)
+        with graph.inserting_before(fusion):
+            inputs, weights = [], []
+            for tokens, weight in map(_before, arguments(recurrence)[:3]):
+                inputs.append(graph.call_function(to_heads, (tokens, heads)))
+                weights.append(weight)
+            if gate is not None:  # the operator takes it before its sigmoid
+                gate = graph.call_module(f"{gate.target}.g_proj", arguments(gate))
+            options = {"scale": recurrence.kwargs.get("scale"), "eps": fusion.kwargs.get("eps", 1e-6)}
+            step = graph.call_function(
+                step_linear, (state, *inputs, decay, beta, gate, gamma, *weights, flags), options
+            )
+            merged = step if full is None else graph.call_function(merge_heads, (full, step, region.linear_heads))
+        fusion.replace_all_uses_with(merged)
+        for node in graph.find_nodes(op="call_function", target=write_state):
+            graph.erase_node(node)
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is count_tokens)
+        region.decode = graph
+        return PassResult(region, False)
+
+    def ensures(self, region: Region) -> None:
+        if region.decode is not None:
+            region.decode.lint()
+            left = [n for n in region.decode.nodes if n.target in (CONV, LINEAR, FUSION)]
+            self.promise(region, not left, "the decode graph still holds what decode_step does")
+
+
+def _before(x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The tokens [B, T, H * D] that x was made of by convolution and norm, and the convolution's weight if there is one."""
+    while x.target is not to_tokens:
+        x = x.all_input_nodes[0]
+    conv = next((user for user in x.users if user.target is CONV), None)
+    return x, None if conv is None else arguments(conv)[1]

@@ -1,0 +1,229 @@
+"""The Triton kernels of linear attention against the reference in fp64. Without a GPU they run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hydrasurgery.kernels.linear_attention import reference
+
+pytest.importorskip("triton", reason="triton is not installed: pip install hydrasurgery[kernels]")
+
+from hydrasurgery.kernels.linear_attention import triton as kernel  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FEW = settings(max_examples=12, deadline=None, derandomize=True)
+EXACT = 1e-5  # fp32 products in another order
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Memory from torch.empty holds NaN: a number that nobody wrote shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def inputs(batch, length, heads, keys, values, *, decay=0.1, state=True, states=None, dtype=torch.float32):
+    """q, k, v, decay, beta, state: keys of length 1, decays in -2 decay..0, beta in 0..1."""
+    tokens = (batch, length, heads)
+    drawn = [
+        torch.randn(*tokens, keys),
+        normalize(torch.randn(*tokens, keys), dim=-1),
+        torch.randn(*tokens, values),
+        -2 * decay * torch.rand(tokens),
+        torch.rand(tokens),
+        torch.randn(states or batch, heads, keys, values) if state else None,
+    ]
+    narrow = [x.to(DEVICE, dtype) for x in drawn[:3]]
+    return [*narrow, *(None if x is None else x.to(DEVICE) for x in drawn[3:])]
+
+
+def truth(
+    args: list[Tensor | None], grad: Tensor, grad_state: Tensor, scale=None, l2_norm=False
+) -> list[Tensor | None]:
+    """(o, final, six gradients) of the reference in fp64; normalised rows by autograd."""
+    wide = [None if x is None else x.detach().double().requires_grad_() for x in args]
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) if l2_norm else x for x in wide[:2])
+    used = [q.detach(), k.detach(), *(None if x is None else x.detach() for x in wide[2:])]
+    options = {"rule": "gated_delta", "scale": scale}
+    o, final = reference.forward(*used, **options)
+    dq, dk, *rest = reference.backward(grad.double(), grad_state.double(), *used, **options)
+    if l2_norm:
+        dq, dk = torch.autograd.grad((q, k), wide[:2], (dq, dk))
+    return [o, final, dq, dk, *rest]
+
+
+def run(args: list[Tensor | None], grad: Tensor, grad_state: Tensor, **options) -> list[Tensor | None]:
+    found = kernel.forward(*args, **options)
+    return [*found, *kernel.backward(grad, grad_state, *args, **options)]
+
+
+def compare(found: list[Tensor | None], wanted: list[Tensor | None], limit: float = EXACT) -> None:
+    names = ("o", "state", "dq", "dk", "dv", "ddecay", "dbeta", "dstate")
+    for name, have, want in zip(names, found, wanted, strict=True):
+        assert (have is None) == (want is None), name
+        if have is not None:
+            assert have.shape == want.shape and have.isfinite().all(), name
+            error = float((have.double() - want).norm() / want.norm().clamp(min=0.1))
+            assert error < limit, f"{name}: {error:.1e}"
+
+
+def weights(args: list[Tensor | None], states: int | None = None) -> tuple[Tensor, Tensor]:
+    q, v = args[0], args[2]
+    final = (states or q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    return torch.randn_like(v), torch.randn(final, device=DEVICE)
+
+
+@given(
+    batch=st.integers(1, 2),
+    length=st.integers(1, 200),
+    heads=st.integers(1, 2),
+    sizes=st.tuples(st.sampled_from([32, 64]), st.sampled_from([32, 64])),
+    segment=st.sampled_from([None, 64, 128]),
+    decay=st.sampled_from([0.001, 0.3, 5.0]),
+    options=st.fixed_dictionaries({"scale": st.sampled_from([None, 0.3]), "l2_norm": st.booleans()}),
+    state=st.booleans(),
+)
+@FEW
+def test_chunks_equal_the_reference(batch, length, heads, sizes, segment, decay, options, state):
+    args = inputs(batch, length, heads, *sizes, decay=decay, state=state)
+    grads = weights(args)
+    # Sums of strong decays are large, and their differences keep fewer digits.
+    limit = EXACT if decay < 1 else 10 * EXACT
+    compare(run(args, *grads, segment=segment, **options), truth(args, *grads, **options), limit)
+
+
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 63, 64, 65, 130]), min_size=1, max_size=4).filter(any),
+    segment=st.sampled_from([64, 128]),
+    state=st.booleans(),
+)
+@FEW
+def test_packed_documents_are_documents_apart(lengths, segment, state):
+    args = inputs(1, sum(lengths), 1, 32, 32, state=state, states=len(lengths))
+    grad, grad_state = weights(args, len(lengths))
+    cuts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    seqlens = torch.tensor(cuts, dtype=torch.int32, device=DEVICE)
+    found = run(args, grad, grad_state, cu_seqlens=seqlens, segment=segment)
+    for n, span in enumerate(map(slice, cuts[:-1], cuts[1:])):
+        row = slice(n, n + 1)
+        part = [*(x[:, span] for x in args[:5]), args[5][row] if state else None]
+        of_doc = [found[0][:, span], found[1][row], *(x[:, span] for x in found[2:7]), found[7][row] if state else None]
+        if lengths[n]:
+            compare(of_doc, truth(part, grad[:, span], grad_state[row]))
+        else:
+            torch.testing.assert_close(found[1][row], args[5][row] if state else torch.zeros_like(grad_state[row]))
+            if state:
+                torch.testing.assert_close(found[7][row], grad_state[row])
+
+
+@pytest.mark.parametrize("segment", [64, 128])
+@pytest.mark.parametrize("where", [0, 70, 128])
+@pytest.mark.parametrize("strength", [50.0, math.inf])
+def test_a_strong_decay_starts_anew(strength, where, segment):
+    args = inputs(1, 150, 1, 32, 32)
+    args[3][:, where] = -strength
+    grads = weights(args)
+    compare(run(args, *grads, segment=segment), truth(args, *grads), 1e-4)
+
+
+def test_every_token_forgets_all():
+    args = inputs(1, 150, 1, 32, 32)
+    args[3].fill_(-math.inf)
+    grads = weights(args)
+    compare(run(args, *grads, segment=64), truth(args, *grads), 1e-3)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_extreme_strengths_of_writing(beta):
+    args = inputs(1, 140, 1, 32, 32, decay=0.01)
+    args[4].fill_(beta)
+    grads = weights(args)
+    compare(run(args, *grads, segment=64), truth(args, *grads), 1e-4)
+
+
+def test_equal_keys_are_the_hardest_inverse():
+    args = inputs(1, 130, 1, 32, 32, decay=0.0)
+    args[1].copy_(args[1][:, :1].clone())
+    args[4].fill_(1.0)
+    grads = weights(args)
+    compare(run(args, *grads), truth(args, *grads), 1e-4)
+
+
+def test_growing_states_are_not_forgotten():
+    """Long keys make a transition grow: its bound must not be taken for small because decays are strong."""
+    args = inputs(1, 192, 1, 32, 32)
+    args[3].fill_(-4.0)
+    args[1][:, 64:128] *= 10.0
+    args[4].fill_(1.0)
+    grads = weights(args)
+    compare(run(args, *grads, segment=64), truth(args, *grads), 1e-3)
+
+
+def test_large_inputs_stay_finite():
+    args = inputs(1, 130, 1, 32, 32)
+    for x in args[:3]:
+        x.copy_(100 * x.sign())
+    grads = weights(args)
+    compare(run(args, *grads, segment=64, l2_norm=True), truth(args, *grads, l2_norm=True))
+
+
+def test_any_strides():
+    args = inputs(2, 70, 2, 32, 32)
+    packed = torch.cat([args[0], args[1], args[2]], dim=-1)
+    views = [*packed.split(32, dim=-1), args[3].mT.contiguous().mT, args[4][..., :1].expand(-1, -1, 2), args[5].mT]
+    grad = torch.randn(2, 70, 2, 64, device=DEVICE)[..., ::2]
+    grad_state = torch.randn(2, 1, 1, 32, device=DEVICE).expand(2, 2, 32, 32)
+    dense = [x.contiguous() for x in (*views, grad, grad_state)]
+    compare(run(views, grad, grad_state), truth(dense[:6], *dense[6:]))
+
+
+def test_a_padded_token_changes_nothing():
+    args = inputs(1, 100, 1, 32, 32)
+    state = kernel.forward(*args)[1]
+    padded = [torch.cat([x, torch.zeros_like(x[:, :30])], 1) for x in args[:5]]
+    torch.testing.assert_close(kernel.forward(*padded, args[5])[1], state, rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_of_the_final_state():
+    args = inputs(1, 140, 1, 32, 32)
+    grad, grad_state = weights(args)
+    compare(run(args, grad, None, segment=64)[2:] + [None] * 2, truth(args, grad, 0 * grad_state)[2:] + [None] * 2)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's 16-bit products are not those of a GPU")
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_half_precision_and_equal_bits(dtype, limit, size):
+    args = inputs(1, 500, 2, size, size, dtype=dtype)
+    grads = weights(args)
+    found, again = (run(args, *grads, segment=128) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+    compare(found, truth(args, *grads), limit)
+
+
+def test_refusals_say_why():
+    q, k, v, decay, beta, _ = inputs(1, 4, 1, 32, 32)
+    reason = kernel.refusal
+    assert reason(q, k, v, decay, beta, rule="gated_delta") is None
+    assert "gated_delta" in reason(q, k, v, None, beta, rule="delta")
+    assert "one decay a head" in reason(q, k, v, decay[..., None].expand(q.shape), beta, rule="gated_delta")
+    assert "head sizes 24 and 32" in reason(q[..., :24], k[..., :24], v, decay, beta, rule="gated_delta")
+    wide = [x.new_zeros(1, 4, 1, 256) for x in (q, k)]
+    assert "float32 heads of size 256" in reason(*wide, v, decay, beta, rule="gated_delta")
+    assert "size 32 beside keys" in reason(*(x.half() for x in (*wide, v)), decay, beta, rule="gated_delta")
+    assert "must share one" in reason(q.double(), k, v, decay, beta, rule="gated_delta")
+    with pytest.raises(ValueError, match="head sizes"):
+        kernel.forward(q[..., :24], k[..., :24], v, decay, beta, None)
+    with pytest.raises(ValueError, match="B = 1"):
+        two = [torch.cat([x, x]) for x in (q, k, v, decay, beta)]
+        kernel.forward(*two, None, cu_seqlens=torch.tensor([0, 4]))

@@ -1,0 +1,200 @@
+"""The Triton kernels against the references in fp64: outputs, gradients and states, for any shape, on poisoned memory."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hydrasurgery.kernels.causal_conv import reference as conv_reference
+from hydrasurgery.kernels.decode_step import reference as decode_reference
+from hydrasurgery.kernels.scale_norm_fusion import reference as fusion_reference
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FEW = settings(max_examples=30, deadline=None, derandomize=True)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def kernel(op: str):
+    return importlib.import_module(f"hydrasurgery.kernels.{op}.triton")
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison(monkeypatch):
+    torch.manual_seed(0)
+    poison(monkeypatch)
+
+
+def poison(monkeypatch):
+    """Memory comes filled with NaN, so that what a kernel leaves unwritten shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        make = getattr(owner, name)
+
+        def poisoned(*args, make=make, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def wide(x):
+    """fp64 copies of a tensor, or of the tensors in a list or tuple."""
+    if isinstance(x, (list, tuple)):
+        return [wide(part) for part in x]
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def compare(found, wanted, dtype: torch.dtype) -> None:
+    """Each tensor to within its dtype's rounding, relative to the whole tensor's size."""
+    for number, (have, want) in enumerate(zip(found, wanted, strict=True)):
+        if want is None:
+            assert have is None
+            continue
+        assert have.shape == want.shape, number
+        error = (have.double() - want).norm()
+        assert error <= TOLERANCE[dtype] * (want.norm() + 1e-2), (number, float(error), float(want.norm()))
+
+
+# --- fusion ------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.integers(1, 2),
+    length=st.integers(1, 5),
+    slots=st.lists(st.booleans(), min_size=1, max_size=7),
+    dim=st.integers(4, 70),
+    gate=st.sampled_from([None, 1, "D"]),
+    norm_full=st.booleans(),
+    dtype=DTYPES,
+)
+@FEW
+def test_fusion_and_its_gradients(batch, length, slots, dim, gate, norm_full, dtype):
+    check_fusion(batch, length, slots, dim, gate, norm_full, dtype)
+
+
+@pytest.mark.parametrize("slot", [0, 31, 32, 63, 64])
+def test_fusion_of_one_linear_head(slot):
+    """A word of bits that is 1 is a case of its own for the compiler, though not for the interpreter."""
+    check_fusion(1, 1, [i == slot for i in range(slot + 2)], 4, None, False, torch.float32)
+
+
+@pytest.mark.parametrize("norm_full", [False, True])
+def test_fusion_of_more_heads_than_a_word_has_bits(norm_full):
+    generator = torch.Generator().manual_seed(1)
+    for heads in (63, 64, 65, 100, 128):
+        slots = (torch.rand(heads, generator=generator) < 0.6).tolist()
+        check_fusion(1, 2, slots, 3, 1, norm_full, torch.float32)
+
+
+def check_fusion(batch, length, slots, dim, gate, norm_full, dtype):
+    linear_heads = [slot for slot, linear in enumerate(slots) if linear]
+    linear, full = len(linear_heads), len(slots) - len(linear_heads)
+    o_full = normal(batch, length, full, dim, dtype=dtype) if full else None
+    o_linear = normal(batch, length, linear, dim, dtype=dtype) if linear else None
+    gates = (
+        None if gate is None or not linear else normal(batch, length, linear, dim if gate == "D" else 1, dtype=dtype)
+    )
+    gamma = normal(len(slots) if norm_full else linear)
+    grad = normal(batch, length, len(slots), dim, dtype=dtype)
+    inputs, options = (o_full, o_linear, gamma, gates), dict(linear_heads=linear_heads, norm_full=norm_full, eps=1e-6)
+    fast = kernel("scale_norm_fusion")
+    compare([fast.forward(*inputs, **options)], [fusion_reference.forward(*wide(inputs), **options)], dtype)
+    found = fast.backward(grad, *inputs, **options)
+    compare(found, fusion_reference.backward(grad.double(), *wide(inputs), **options), dtype)
+    again = fast.backward(grad, *inputs, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True) if a is not None)
+
+
+# --- convolution -------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20)),
+    width=st.integers(1, 5),
+    state=st.booleans(),
+    reset=st.sampled_from([None, 0.1, 0.5]),
+    dtype=DTYPES,
+)
+@FEW
+def test_causal_conv_and_its_gradients(shape, width, state, reset, dtype):
+    check_conv(shape, width, state, reset, dtype)
+
+
+def test_causal_conv_over_several_tiles():
+    fast = kernel("causal_conv")
+    check_conv((2, fast.BACKWARD_TOKENS * fast.TILES + 5, fast.CHANNELS + 3), 4, True, 0.05, torch.float32)
+
+
+def check_conv(shape, width, state, reset, dtype):
+    batch, length, channels = shape
+    x, weight = normal(*shape, dtype=dtype), normal(channels, width, dtype=dtype)
+    past = normal(batch, channels, width - 1, dtype=dtype) if state else None
+    starts = None if reset is None else torch.rand(batch, length, device=DEVICE) < reset
+    grads = normal(*shape, dtype=dtype), normal(batch, channels, width - 1, dtype=dtype)
+    inputs = (x, weight, past, starts)
+    fast = kernel("causal_conv")
+    compare(fast.forward(*inputs), conv_reference.forward(*wide(inputs)), dtype)
+    compare(fast.backward(*grads, *inputs), conv_reference.backward(*wide(grads), *wide(inputs)), dtype)
+
+
+# --- decode ------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    key=st.integers(4, 40),
+    value=st.integers(4, 40),
+    width=st.sampled_from([0, 1, 2, 4]),
+    raw=st.booleans(),
+    gated=st.booleans(),
+    dtype=DTYPES,
+)
+@FEW
+def test_decode_step(batch, heads, key, value, width, raw, gated, dtype):
+    check_decode(batch, heads, key, value, width, raw, gated, dtype)
+
+
+def test_decode_step_of_a_state_of_several_tiles(monkeypatch):
+    monkeypatch.setattr(kernel("decode_step"), "STATE_ELEMENTS", 64)
+    check_decode(2, 2, 16, 13, 4, True, True, torch.float32)
+
+
+def check_decode(batch, heads, key, value, width, raw, gated, dtype):
+    q, k, v = (normal(batch, heads, size, dtype=dtype) for size in (key, key, value))
+    decay, beta = normal(batch, heads), normal(batch, heads)
+    gates = (decay, beta) if raw else (-decay.abs(), beta.sigmoid())
+    rates = (normal(heads), normal(heads)) if raw else (None, None)
+    gate = normal(batch, heads, dtype=dtype) if gated else None
+    sizes = (heads * key, heads * key, heads * value) if width else ()
+    weights = [normal(size, width, dtype=dtype) for size in sizes]
+    inputs = (q, k, v, *gates, gate, normal(heads), *rates, weights)
+    states = normal(batch, heads, key, value), [normal(batch, size, width - 1, dtype=dtype) for size in sizes]
+    exact = wide(states)
+    options = {"scale": None, "eps": 1e-5}
+    out = kernel("decode_step").forward(*inputs, *states, **options)
+    wanted = decode_reference.forward(*wide(inputs), *exact, **options)
+    compare([out, *states[1]], [wanted, *exact[1]], dtype)
+    compare([states[0]], [exact[0]], torch.float32)
+
+
+def test_decode_step_keeps_slow_decays():
+    """softplus(-14) is 8e-7, of which fp32 would lose a digit in 1 + 8e-7."""
+    zeros, ones = torch.zeros(1, 1, 4, device=DEVICE), torch.ones(1, device=DEVICE)
+    pre, A_log = torch.full((1, 1), -14.0, device=DEVICE), torch.full((1,), 13.0, device=DEVICE)
+    inputs = (zeros, zeros, zeros, pre, pre, None, ones, A_log, 0 * ones, [])
+    state = torch.ones(1, 1, 4, 4, device=DEVICE)
+    exact = state.double()
+    kernel("decode_step").forward(*inputs, state, [], scale=None, eps=1e-6)
+    decode_reference.forward(*wide(inputs), exact, [], scale=None, eps=1e-6)
+    torch.testing.assert_close(state.double(), exact, rtol=1e-6, atol=0)
