@@ -1,6 +1,7 @@
 """hydrasurgery: turn a pretrained decoder into a long-context hybrid of softmax and linear attention heads."""
 
 from hydrasurgery import ops, pretrained
+from hydrasurgery.export import OnnxDecoder, export_onnx, export_pt2
 from hydrasurgery.forecast import forecast
 from hydrasurgery.plan import Plan, plan_heads
 from hydrasurgery.regions import Region, capture, head_taps, region_modules, regions, register_interface, restore
@@ -14,11 +15,14 @@ register_interface()
 
 __all__ = [
     "HeadScores",
+    "OnnxDecoder",
     "Plan",
     "Region",
     "calibrate",
     "capture",
     "distill",
+    "export_onnx",
+    "export_pt2",
     "forecast",
     "head_taps",
     "ops",

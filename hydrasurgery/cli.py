@@ -1,4 +1,4 @@
-"""The command line: look at a model, score its heads, plan, rewrite, distil, evaluate, generate, and time the kernels."""
+"""The command line: look at a model, score its heads, plan, rewrite, distil, evaluate, generate, export, time the kernels."""
 
 from __future__ import annotations
 
@@ -330,6 +330,9 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Run this export in ONNX Runtime; MODEL gives the tokenizer.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Continue a prompt, always with the likeliest token.
@@ -338,15 +341,41 @@ def generate(
     """
     from hydrasurgery.evaluation.metrics import check_length
 
+    if onnx is not None:
+        typer.echo(_generate_onnx(onnx, load_tokenizer(model), prompt, max_new_tokens))
+        return
     decoder = _on(load_model(model), device)
     tokenizer = load_tokenizer(model, decoder)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(decoder.device)
-    if not inputs["input_ids"].numel():
-        raise DataError("--prompt: the prompt encodes to no token; give some text")
+    inputs = _encode(tokenizer, prompt).to(decoder.device)
     check_length([decoder], inputs["input_ids"].shape[1] + max_new_tokens)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = decoder.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
     typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file to write: *.onnx or *.pt2. It must not exist.")],
+    target: Annotated[str, typer.Option(help="Of ONNX: onnxruntime or opset27.")] = "onnxruntime",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto takes the checkpoint's own.")] = "auto",
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Whole sequences to logits, without states.")] = False,
+) -> None:
+    """Write a model, hybrid or not, for another runtime, with its cache as named inputs and outputs.
+
+    Example: hydrasurgery export run/model --out model.onnx --target onnxruntime
+    """
+    from hydrasurgery.export import export_onnx, export_pt2
+
+    if out.suffix not in (".onnx", ".pt2"):
+        raise typer.BadParameter(f"--out {out}: the name must end in .onnx or .pt2")
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise typer.BadParameter(f"--dtype {dtype}: give auto, float32, float16 or bfloat16")
+    decoder = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    if out.suffix == ".pt2":
+        export_pt2(decoder, out, cache=not no_cache)
+    else:
+        export_onnx(decoder, out, target=target, cache=not no_cache)
 
 
 @app.command()
@@ -483,6 +512,21 @@ def _on(model: Any, device: str) -> Any:
         return model.to(_device(device))
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise typer.BadParameter(f"--device {device}: {error}") from error
+
+
+def _encode(tokenizer: Any, prompt: str) -> Any:
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].numel():
+        raise DataError("--prompt: the prompt encodes to no token; give some text")
+    return inputs
+
+
+def _generate_onnx(path: Path, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    from hydrasurgery.export import OnnxDecoder
+
+    inputs = _encode(tokenizer, prompt)
+    tokens = OnnxDecoder(path).generate(inputs["input_ids"].numpy(), max_new_tokens=max_new_tokens)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
 def _head(text: str, option: str) -> tuple[int, int]:

@@ -55,3 +55,7 @@ class DivergedError(HydraError):
 
 class RecipeError(HydraError):
     """A transfer recipe has a field out of range, or its file is not a recipe."""
+
+
+class ExportError(HydraError):
+    """A model cannot be written for a target: an op or opset it lacks, a path that exists, a disk that is full."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from hydrasurgery.errors import ExportError
 
 
 def _beside(target: Path) -> Path:
@@ -55,3 +58,43 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def new_files(path: str | os.PathLike[str], *others: Path) -> Iterator[Path]:
+    """Yield a temporary folder; when the block ends, the files in it move beside `path`, the one called so last.
+
+    Args:
+        path: the file that the block makes under its own name. It must not exist, nor any of `others`.
+        others: files that the block may make as well.
+
+    Raises:
+        ExportError: a file exists, or the disk is full.
+    """
+    target = Path(path)
+    for file in (target, *others):
+        if file.exists():
+            raise ExportError(f"{file}: exists; give another path or delete it first")
+    moved: list[Path] = []
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(target)
+        temporary.mkdir()
+    except OSError as error:
+        raise ExportError(f"{target}: cannot be written there ({error.strerror})") from error
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir(), key=lambda f: f.name == target.name):
+            moved.append(target.with_name(file.name))
+            os.replace(file, moved[-1])
+    except BaseException as error:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(target.parent).free
+            raise ExportError(
+                f"{target}: cannot be written ({error.strerror}; {free:,} bytes are free); nothing was left there"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

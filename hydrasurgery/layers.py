@@ -84,7 +84,8 @@ class ConvWeight(nn.Module):
 
 def to_tokens(heads: Tensor, valid: Tensor) -> Tensor:
     """[B, H, T, D] -> [B, T, H * D] with padded tokens zeroed (valid [B, T])."""
-    tokens = heads.transpose(1, 2).flatten(2)
+    # Cloned, not left to flatten: that copies or not by whether T is 1, and an exported graph would exclude one of the two.
+    tokens = heads.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
     return tokens * valid.unsqueeze(-1).to(tokens.dtype)
 
 

@@ -379,7 +379,7 @@ def _watched(model: nn.Module) -> Iterator[_Watch]:
 
 
 @contextlib.contextmanager
-def _hydra_interface(model: nn.Module) -> Iterator[None]:
+def using_hydra_attention(model: nn.Module) -> Iterator[None]:
     """For the time of the block a Hugging Face model's attention calls become `hydra::attention`."""
     found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
@@ -484,7 +484,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
     training = {m: m.training for m in model.modules()}
     try:
         model.eval()
-        with _hydra_interface(model):
+        with using_hydra_attention(model):
             watch = _run_once(model, example_inputs)
             _check_owners(model, watch)
             cuts: dict[Any, tuple[fx.Graph, Inputs]] = {}
@@ -813,7 +813,7 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
             user.replace_input_with(node, tap)
         originals[region.name] = model.get_submodule(region.name)
     try:
-        with _hydra_interface(model):
+        with using_hydra_attention(model):
             stitch(model, regions)
         yield taps
     finally:
@@ -831,4 +831,5 @@ __all__ = [
     "register_interface",
     "restore",
     "stitch",
+    "using_hydra_attention",
 ]

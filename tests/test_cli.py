@@ -18,7 +18,7 @@ from hydrasurgery.transfer import Recipe, Stage, addition_names
 from tests.families import tiny
 
 COMMANDS = """
-inspect score plan compare plot rewrite distill eval generate kernels bench demo
+inspect score plan compare plot rewrite distill eval generate export kernels bench demo
 """.split()
 WEIGHTS = "model.safetensors"
 
@@ -124,6 +124,21 @@ def test_saved_hybrid_generates_and_is_evaluated(work, tmp_path):
     results = json.loads((tmp_path / "result.json").read_text())["results"]
     assert set(results["perplexity"]) == set(results["kl"]) == {"64", "96"}
     assert min(results["kl"].values()) > 0
+
+
+def test_export_and_generate_in_onnx_runtime(work, tmp_path):
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "model.onnx"
+    assert succeed("export", work / "hybrid", "--out", out).startswith(f"{out}: ONNX opset 23 for onnxruntime")
+    options = ("--prompt", "for statement", "--max-new-tokens", 6)
+    assert succeed("generate", work / "hybrid", "--onnx", out, *options) == succeed(
+        "generate", work / "hybrid", *options
+    )
+    assert f"{out}: exists" in fail("export", work / "hybrid", "--out", out)
+    assert "ONNX Runtime cannot load it" in fail("generate", work / "hybrid", "--onnx", work / "plan.json", *options)
+    assert "known: onnxruntime, opset27" in fail(
+        "export", work / "hybrid", "--out", tmp_path / "b.onnx", "--target", "x"
+    )
 
 
 def test_a_loaded_hybrid_shares_all_but_its_additions_again(work):

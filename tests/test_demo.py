@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import hydrasurgery as hs
-from hydrasurgery.demo.arms import LENGTHS, Arm, Mixture
-from hydrasurgery.demo.run import draw_recall, findings, report
+from hydrasurgery.demo.arms import LENGTHS, Arm, Mixture, continuation
+from hydrasurgery.demo.run import _export, draw_recall, findings, report
 from hydrasurgery.demo.teacher import load_teacher
 from hydrasurgery.evaluation import encode_text, library_text
 from hydrasurgery.transfer import RECIPES, as_source
@@ -48,7 +48,8 @@ def test_findings_are_computed_from_the_arms(arms: list[Arm]) -> None:
 
 
 def test_the_report_has_a_row_for_each_arm(arms: list[Arm], tmp_path: Path) -> None:
-    text = report(arms, RECIPES["demo"], "and so on", 3.0)
+    text = report(arms, RECIPES["demo"], "and so on", "Exported.", 3.0)
+    assert "> 'and so on'\n\nExported.\n" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(arms)
     assert "data seed 0" in text
@@ -66,3 +67,15 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     first, again, other = (draw(source, step, stage, 0).inputs["input_ids"] for step in (3, 3, 4))
     assert (first == again).all()
     assert (first != other).any()
+
+
+def test_the_export_gives_the_text_of_the_saved_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    teacher, tokenizer = load_teacher()
+    hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="7:1", strategy="random", seed=3))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    tokens = continuation(hybrid, encode_text(tokenizer, library_text("held-out")))
+    said = _export(tmp_path / "hybrid", tmp_path / "hybrid.onnx", tokens)
+    assert said.endswith("it gives the same text in ONNX Runtime.")
+    with pytest.raises(RuntimeError, match="other tokens"):
+        _export(tmp_path / "hybrid", tmp_path / "hybrid.onnx", (*tokens[:-1], tokens[-1] + 1))

@@ -1,16 +1,27 @@
-"""The demo: from the shipped teacher to trained, saved and reloaded hybrids, and a report that compares them."""
+"""The demo: from the shipped teacher to trained, saved, reloaded and exported hybrids, and a report that compares them."""
 
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from hydrasurgery.demo.arms import LENGTHS, SEED, TRAINING_LENGTH, Arm, continuation, run_arms
+from hydrasurgery.demo.arms import (
+    CONTINUATION,
+    LENGTHS,
+    PROMPT,
+    SEED,
+    TRAINING_LENGTH,
+    Arm,
+    continuation,
+    run_arms,
+)
 from hydrasurgery.demo.teacher import load_teacher
 from hydrasurgery.evaluation import encode_text, library_text
+from hydrasurgery.export import OnnxDecoder, export_onnx
 from hydrasurgery.files import atomic_write_json, atomic_write_text
 from hydrasurgery.forecast import forecast, format_bytes
 from hydrasurgery.plan import plan_heads
@@ -22,7 +33,7 @@ TASKS = ("needles", "dense")
 
 
 def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None) -> Path:
-    """Score, plan 7:1, rewrite, transfer, evaluate, save, reload and generate; returns the report's path.
+    """Score, plan 7:1, rewrite, transfer, evaluate, save, reload, generate and export; returns the report's path.
 
     The arms run in processes of their own, so a script that calls this does so under `if __name__ == "__main__"`. A run
     that was interrupted goes on from its checkpoints.
@@ -55,11 +66,13 @@ def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None)
     found = {arm.name: arm for arm in run_arms(arms, out / "runs", console)}
     arms = [found.pop("teacher"), found.pop("rewritten, untrained"), *found.values()]
 
-    sample = str(tokenizer.decode(_reload(out / "hybrid", found["chosen heads"].continuation)))
+    chosen = found["chosen heads"].continuation
+    sample = str(tokenizer.decode(_reload(out / "hybrid", chosen)))
+    exported = _export(out / "hybrid", out / "hybrid.onnx", chosen)
     draw_recall(arms, out / "recall.png")
     atomic_write_json(out / "results.json", [{"arm": a.name, "seconds": a.seconds, **a.result} for a in arms])
     minutes = (time.monotonic() - begun) / 60
-    written = atomic_write_text(out / "report.md", report(arms, recipe, sample, minutes))
+    written = atomic_write_text(out / "report.md", report(arms, recipe, sample, exported, minutes))
     console.print(f"[bold]{written}[/bold]")
     return written
 
@@ -74,8 +87,22 @@ def _reload(folder: Path, expected: tuple[int, ...]) -> list[int]:
     return list(tokens)
 
 
-def report(arms: list[Arm], recipe: Recipe, sample: str, minutes: float) -> str:
-    """The report's text: one row an arm, then what the table says."""
+def _export(folder: Path, file: Path, expected: tuple[int, ...]) -> str:
+    """Export the saved hybrid to ONNX and let ONNX Runtime generate the same tokens; returns a sentence for the report."""
+    if find_spec("onnxruntime") is None or find_spec("onnxscript") is None:
+        return "It was not exported to ONNX: the extra onnx is not installed."
+    _, tokenizer = load_teacher()
+    file.unlink(missing_ok=True)
+    written = export_onnx(AutoModelForCausalLM.from_pretrained(folder), file, verbose=False)
+    prompt = encode_text(tokenizer, library_text("held-out"))[None, :PROMPT].numpy()
+    tokens = OnnxDecoder(file).generate(prompt, max_new_tokens=CONTINUATION)[0, PROMPT:]
+    if tuple(tokens.tolist()) != expected:
+        raise RuntimeError(f"{file}: ONNX Runtime generates other tokens than PyTorch")
+    return f"Exported to ONNX ({file.name}, {format_bytes(written.bytes)}), it gives the same text in ONNX Runtime."
+
+
+def report(arms: list[Arm], recipe: Recipe, sample: str, exported: str, minutes: float) -> str:
+    """The report's text: one row an arm, then what the table says, a sample, and what became of the export."""
     stages = ", ".join(f"{s.num_steps} steps {s.name}" for s in recipe.stages)
     tokens = recipe.stages[0].batch_size * recipe.stages[0].length
     lengths = " / ".join(map(str, LENGTHS))
@@ -100,6 +127,8 @@ def report(arms: list[Arm], recipe: Recipe, sample: str, minutes: float) -> str:
         "The chosen hybrid, saved and reloaded, continues held-out text with:",
         "",
         f"> {sample!r}",
+        "",
+        exported,
         "",
     ]
     return "\n".join(lines)

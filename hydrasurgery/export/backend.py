@@ -1,0 +1,135 @@
+"""`torch.compile(model, backend="hydra")`: rewrites of the captured graph, then Inductor.
+
+The backend is found through the entry point `torch_dynamo_backends`. What dynamo hands over calls the dialect's ops, whose
+backwards are ops too, so inference and training compile alike. A backend sees parameters as graph inputs: it can rewrite and
+fuse, but not turn heads linear; run `hydrasurgery.rewrite` on the module first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from hydrasurgery.errors import PipelineError
+from hydrasurgery.kernels.attention.reference import visible_keys
+from hydrasurgery.raising import ATTENTION
+
+PIPELINE = "drop-causal-masks"
+LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
+
+
+def hydra(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph; called by torch.compile.
+
+    Args:
+        graph: what dynamo captured.
+        example_inputs: its inputs, with free sizes.
+        mode: torch.compile's, handed on to Inductor.
+        options: "pipeline" (names of graph rewrites, separated by commas; by default all), "inner" (the backend that the graph is
+            handed on to, by default "inductor"); the others are handed on with it.
+
+    Raises:
+        PipelineError: the pipeline names an unknown rewrite.
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+
+    rest = dict(options or {})
+    pipeline, inner = rest.pop("pipeline", PIPELINE), rest.pop("inner", "inductor")
+    for name in filter(None, (part.strip() for part in pipeline.split(","))):
+        if name not in REWRITES:
+            raise PipelineError(f"no graph rewrite is called {name!r}; known: {', '.join(REWRITES)}")
+        REWRITES[name](graph)
+    graph.recompile()
+    given = {key: value for key, value in (("mode", mode), ("options", rest)) if value}
+    return lookup_backend(inner)(graph, list(example_inputs), **given)
+
+
+def drop_causal_masks(graph: fx.GraphModule) -> int:
+    """An attention whose mask is the causal one, whatever the sizes, gets `causal=True` in its place; says how many did.
+
+    A mask that depends on sizes alone is computed for short sequences and for some longer than every number in its formula,
+    and compared. Kernels skip what a causal flag hides, and
+    the mask [B, 1, T, S] is never made.
+    """
+    changed = 0
+    known: dict[fx.Node, bool] = {}
+    for node in graph.graph.find_nodes(op="call_function", target=ATTENTION):
+        mask = node.args[3] if len(node.args) > 3 else None
+        if isinstance(mask, fx.Node):
+            if mask not in known:
+                known[mask] = _is_causal(graph, mask)
+            if known[mask]:
+                node.update_arg(3, None)
+                node.update_kwarg("causal", True)
+                node.update_kwarg("window", None)
+                changed += 1
+    graph.graph.eliminate_dead_code()
+    return changed
+
+
+def _is_causal(graph: fx.GraphModule, mask: fx.Node) -> bool:
+    order = _ancestors(mask)
+    free = [n for n in order if n.op == "placeholder"]
+    if any(n.op == "get_attr" for n in order) or not all(map(_is_size, free)):
+        return False
+    largest = max((abs(n) for node in order for n in _numbers(node)), default=0)
+    if largest > LARGEST:
+        return False
+    # A window or a chunk is a number of the formula: only sequences longer than all of them show that there is none.
+    tried = (5, largest + 3) if free else (0,)
+    return all(_equals_causal(graph, mask, order, {node: first + i for i, node in enumerate(free)}) for first in tried)
+
+
+def _numbers(node: fx.Node) -> list[int]:
+    return [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, int)]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), (int, torch.SymInt))
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    """The node and what it is computed from, in the graph's order."""
+    above, todo = {node}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source not in above:
+                above.add(source)
+                todo.append(source)
+    return [n for n in node.graph.nodes if n in above]
+
+
+def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], sizes: dict[fx.Node, int]) -> bool:
+    """Run the mask's part of the graph on plain numbers."""
+    values: dict[fx.Node, Any] = {}
+    try:
+        with torch.utils._python_dispatch._disable_current_modes():
+            for node in order:
+                if node.op == "placeholder":
+                    values[node] = sizes[node]
+                    continue
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+                values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+    except Exception:  # not made of sizes alone, or these sizes do not fit: nothing is known of this mask
+        return False
+    found = values[mask]
+    if not isinstance(found, torch.Tensor) or found.dim() != 4 or found.dtype != torch.bool:
+        return False
+    wanted = visible_keys(found.shape[2], found.shape[3], True, None, found.device)
+    return bool(found.all()) if wanted is None else torch.equal(found, wanted.expand_as(found))
+
+
+REWRITES: dict[str, Callable[[fx.GraphModule], int]] = {"drop-causal-masks": drop_causal_masks}
+
+__all__ = ["drop_causal_masks", "hydra"]

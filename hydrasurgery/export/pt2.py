@@ -1,0 +1,66 @@
+"""`export_pt2`: a decoder as a `torch.export` archive that needs nothing but the dialect's ops to run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydrasurgery.export.stateful import Slot, trace
+from hydrasurgery.files import new_files
+
+STATES = "hydrasurgery_states.json"  # a file in the archive that lists the states
+
+
+@dataclass(frozen=True)
+class Pt2Export:
+    """What `export_pt2` wrote: the file, its size, and the states in the order of the program's last input."""
+
+    path: Path
+    bytes: int
+    states: tuple[Slot, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}: a torch.export program, {self.bytes:,} bytes, {len(self.states)} states"
+
+
+def export_pt2(model: Any, path: str | os.PathLike[str], *, cache: bool = True, verbose: bool = True) -> Pt2Export:
+    """Write `model` as a `.pt2` file; nothing is written if anything fails.
+
+    In a process that has run `import hydrasurgery.ops`, which registers the ops (no model and no pass is needed),
+
+        program = torch.export.load(path).module()
+        logits, *present = program(input_ids, attention_mask, position_ids, past)
+
+    takes any batch, length and past length: input_ids and position_ids [B, T], attention_mask [B, P + T], and `past` a tuple
+    of the states, which come back as `present`. Where it starts, each has 0 past tokens or is zero: `Slot.empty`. The archive
+    lists their names and shapes in the extra file "hydrasurgery_states.json".
+
+    Args:
+        model: a Hugging Face decoder or a hybrid of one. The program runs on the device that it is on now.
+        path: the file to write, usually `*.pt2`; it must not exist.
+        cache: take and give states; without, `past` is an empty tuple and logits are the only output.
+        verbose: print what was written.
+
+    Raises:
+        ExportError: torch.export fails, the path exists, or the disk is full.
+        UnsupportedModelError: an architecture that this library refuses.
+    """
+    path = Path(path)
+    with new_files(path) as folder:
+        traced = trace(model, cache)
+        slots = traced.slots or ()
+        names = [{**asdict(slot), "dtype": str(slot.dtype)} for slot in slots]
+        torch.export.save(traced.program, folder / path.name, extra_files={STATES: json.dumps({"states": names})})
+        size = (folder / path.name).stat().st_size
+    written = Pt2Export(path, size, slots)
+    if verbose:
+        print(written)
+    return written
+
+
+__all__ = ["Pt2Export", "export_pt2"]

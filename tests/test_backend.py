@@ -1,0 +1,110 @@
+"""`torch.compile(hybrid, backend="hydra")`: no graph breaks, the numbers of eager, few recompiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import hydrasurgery as hs
+from hydrasurgery.export.backend import hydra
+from tests.families import tiny
+from tests.test_families import half_plan, stir
+
+BACKEND_FAMILIES = "qwen3 llama gemma2 gemma3_text phi3 mixtral gpt2 olmo2 gpt_neox cohere2".split()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(family: str) -> Any:
+    model = tiny(family, num_hidden_layers=1)
+    return stir(hs.rewrite(model, half_plan(model)))
+
+
+def compiled(model: Any, inner: str = "aot_eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:
+    """The compiled model, and a counter of the graphs that were handed over."""
+    counter = CompileCounterWithBackend(lambda g, x: hydra(g, x, options={"inner": inner, **options}))
+    return torch.compile(model, backend=counter, fullgraph=True), counter
+
+
+def tokens(length: int) -> torch.Tensor:
+    return torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("family", BACKEND_FAMILIES)
+def test_forward_and_training_equal_eager(family: str) -> None:
+    hybrid = make(family)
+    run, counter = compiled(hybrid)
+    with torch.no_grad():
+        for length in (12, 7, 130, 33, 64):
+            ids = tokens(length)
+            mask = torch.ones_like(ids)
+            mask[0, :3] = 0
+            call = {"attention_mask": mask, "use_cache": False}
+            assert torch.allclose(run(ids, **call).logits, hybrid(ids, **call).logits, atol=1e-5)
+    assert counter.frame_count <= 2  # one graph for the first length, one for all others
+    torch._dynamo.reset()
+    run, counter = compiled(hybrid.train())
+    for length in (12, 33):
+        gradients = []
+        for model in (run, hybrid):
+            hybrid.zero_grad()
+            model(tokens(length), use_cache=False).logits.square().mean().backward()
+            gradients.append({n: p.grad.clone() for n, p in hybrid.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
+    assert counter.frame_count <= 2
+
+
+def test_it_is_found_by_name_and_inductor_gives_the_same_numbers() -> None:
+    assert "hydra" in torch._dynamo.list_backends()
+    hybrid = make("qwen3")
+    ids = tokens(12)
+    with torch.no_grad():
+        fast = torch.compile(hybrid, backend="hydra", fullgraph=True, options={"pipeline": "drop-causal-masks"})
+        assert torch.allclose(fast(ids, use_cache=False).logits, hybrid(ids, use_cache=False).logits, atol=1e-5)
+
+
+def attention_masks(model: Any, *calls: dict[str, Any], **options: Any) -> list[int]:
+    """How many attention nodes of each compiled graph still have a mask."""
+    found = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        run = hydra(graph, inputs, options={"inner": "eager", **options})
+        nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.hydra.attention.default)
+        found.append(sum(node.args[3] is not None for node in nodes))
+        return run
+
+    run = torch.compile(model, backend=look, fullgraph=True)
+    with torch.no_grad():
+        for call in calls:
+            logits = run(**call, use_cache=False).logits
+            assert torch.allclose(logits, model(**call, use_cache=False).logits, atol=1e-5)
+    return found
+
+
+def test_only_masks_that_are_causal_are_dropped() -> None:
+    ids = {"input_ids": tokens(12)}
+    more = {"input_ids": tokens(17)}
+    hybrid = make("qwen3")
+    assert attention_masks(hybrid, ids, more) == [0, 0]
+    torch._dynamo.reset()
+    assert attention_masks(hybrid, ids, pipeline="") == [1]
+    torch._dynamo.reset()
+    assert attention_masks(hybrid, {**ids, "attention_mask": torch.ones(2, 12, dtype=torch.long)}) == [1]
+    torch._dynamo.reset()
+    assert attention_masks(make("mistral"), ids, more) == [1, 1]  # a window of 8 tokens
+
+
+def test_an_unknown_rewrite_is_named() -> None:
+    run = torch.compile(make("llama"), backend="hydra", options={"pipeline": "fold-everything"})
+    with pytest.raises(Exception, match="no graph rewrite is called 'fold-everything'; known: drop-causal-masks"):
+        run(tokens(5), use_cache=False)

@@ -1,0 +1,70 @@
+"""A `.pt2` made here and run in another process, which has imported the ops and built no model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hydrasurgery as hs
+from hydrasurgery.errors import ExportError
+from hydrasurgery.export.stateful import StatefulDecoder, exportable
+from tests.families import tiny
+from tests.test_families import half_plan, stir
+
+RUN = """
+import json, sys, torch
+import hydrasurgery.ops
+path, calls = sys.argv[1:]
+extra = {"hydrasurgery_states.json": ""}
+program = torch.export.load(path, extra_files=extra).module()
+states = json.loads(extra["hydrasurgery_states.json"])["states"]
+results = []
+with torch.no_grad():
+    for ids, mask, positions, past in torch.load(calls):
+        assert len(past) == len(states)
+        results.append(program(ids, mask, positions, past))
+torch.save(results, calls)
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mixtral"])
+def test_another_process_gives_the_same_numbers(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    hybrid = stir(hs.rewrite(model, half_plan(model)))
+    written = hs.export_pt2(hybrid, tmp_path / "model.pt2", verbose=False)
+    assert len(written.states) == 12
+    calls, expected = [], []
+    with torch.no_grad(), exportable(hybrid):
+        decoder = StatefulDecoder(hybrid, written.states)
+        for batch in (1, 4):
+            past = tuple(slot.empty(batch) for slot in written.states)
+            mask = torch.ones(batch, 0, dtype=torch.long)
+            for length in (9, 1, 1, 30):  # a prompt, two single tokens, more of them
+                ids = torch.randint(3, 90, (batch, length))
+                mask = torch.cat([mask, torch.ones_like(ids)], 1)
+                if length == 9:
+                    mask[0, : 3 * (batch > 1)] = 0
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:].contiguous()
+                calls.append((ids, mask, positions, past))
+                kept = tuple(value.clone() for value in past)  # eager decoding writes its states in place
+                expected.append(decoder(ids, mask, positions, kept))
+                past = expected[-1][1:]
+    torch.save(calls, tmp_path / "calls")
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, str(written.path), str(tmp_path / "calls")], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    for got, wanted in zip(torch.load(tmp_path / "calls"), expected, strict=True):
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.allclose(a, b, atol=1e-6, rtol=0)
+
+
+def test_an_existing_file_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_text("mine")
+    with pytest.raises(ExportError, match="exists"):
+        hs.export_pt2(tiny("llama", num_hidden_layers=1), tmp_path / "model.pt2")
+    assert (tmp_path / "model.pt2").read_text() == "mine"
