@@ -317,6 +317,9 @@ def plan_heads(
     ranks = _ranks(source, strategy, groups, seed, REDUCTIONS[group_score], tie)
     choice = _Choice(strategy, shapes, groups, ranks, forced, banned, floor, share, unit)
     chosen, notes = _choose(choice) if budget == "heads" else _fill(choice, *_costs(choice, budget, length))
+    ties = sum(ranks[place][0] >= 0 for place in chosen - forced) if strategy in NEEDS_SCORES else 0
+    if ties:
+        notes.append(f"{ties} of {len(chosen)} full units score below tie={tie:g}: reconstruction error chose them")
     layers = tuple(
         replace(shape, kinds=_kinds(shape.num_heads, [heads for u, heads in enumerate(layer) if (index, u) in chosen]))
         for index, (shape, layer) in enumerate(zip(shapes, groups, strict=True))

@@ -363,7 +363,10 @@ def test_by_bytes_heads_of_a_kept_key_value_head_are_free():
     table = [[1.0, 0.9, 0.2, 0.1, 0.8, 0.0, 0.0, 0.0]] + [[0.0] * 8] * 3
     plan = plan_heads(scores(table), ratio="7:1", strategy="global", budget="kv-bytes", length=64)
     assert full(plan) == {(0, 0), (0, 1), (0, 4), (0, 5)}  # 2 of 16 KV heads, and whoever reads them
-    assert plan.notes == ("full heads spend 12.50% of the teacher's KV bytes, 12.50% asked",)
+    assert plan.notes == (
+        "full heads spend 12.50% of the teacher's KV bytes, 12.50% asked",
+        "1 of 4 full units score below tie=0.001: reconstruction error chose them",
+    )
     assert Plan.from_json(plan.to_json()).budget == "kv-bytes"
 
 
