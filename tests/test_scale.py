@@ -24,9 +24,9 @@ with torch.no_grad():
     for parameter in model.parameters():
         parameter.uniform_(-0.02, 0.02)
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
-before, begun = resident().rss, time.perf_counter()
+before, begun = resident().rss, time.process_time()
 hybrid = hs.rewrite(model, hs.plan_heads(model, ratio="7:1", strategy="random"))
-seconds = time.perf_counter() - begun
+seconds = time.process_time() - begun
 heads = sum(kind == "linear" for m in hs.region_modules(hybrid).values() for kind in m.kinds)
 print(json.dumps({"seconds": seconds, "weights": weights, "before": before, "after": resident().rss, "linear": heads}))
 """
@@ -40,4 +40,4 @@ def test_a_model_of_1_7_billion_parameters_is_rewritten_in_seconds_and_in_place(
     assert 4.0e9 < found["weights"] < 4.1e9  # 1.7 billion without the embedding
     assert found["after"] - found["before"] < 0.05 * found["weights"]
     assert found["after"] < 1.2 * found["weights"] + 0.5e9  # the interpreter with torch and transformers is the rest
-    assert found["seconds"] < 40  # twice what it is to take, for a machine that runs other tests beside it
+    assert found["seconds"] < 40  # of both cores together, whatever else they do: at most 20 by the clock
