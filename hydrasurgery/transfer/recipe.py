@@ -38,8 +38,8 @@ class Stage:
         clip: the gradient's largest 2-norm; None leaves it as it is.
         ce_weight: weight of the cross entropy beside the KL in `distil`.
         body_lr: factor on the rate for parameters outside the attention regions; 0 freezes them.
-        trainable: `all`, or `additions`: parameters of the region modules that the teacher does not have, while the
-            rest stays shared with the teacher. `align` always trains the additions.
+        trainable: `all`, or `additions`: what the surgery put under the regions' `hydra`, while the rest stays shared with
+            the teacher. `align` always trains the additions.
         freeze_full_qk: leave the query and key projections of full heads as they are (QK-Restore).
         micro_batch: sequences a forward pass, the gradient being accumulated over the batch; None takes all at once.
 
