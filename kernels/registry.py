@@ -141,11 +141,11 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
             ),
             Implementation(
                 "triton", _here("linear_attention", "triton"), every, FLOAT,
-                {"K": (32, 64, 128), "V": (32, 64, 128, 256)}, {"gated_delta", "state", "varlen"}, ampere, TRITON,
+                {"K": range(1, 129), "V": range(1, 257)}, {"gated_delta", "state", "varlen"}, ampere, TRITON,
             ),
             Implementation(
                 "triton, wide", _here("linear_attention", "triton"), every, HALF,
-                {"K": (256,), "V": (64, 128, 256)}, {"gated_delta", "state", "varlen"}, ampere, TRITON,
+                {"K": range(129, 257), "V": range(1, 257)}, {"gated_delta", "state", "varlen"}, ampere, TRITON,
             ),
             Implementation(
                 "fla", _here("linear_attention", "fla"), forward, FLOAT,

@@ -87,7 +87,7 @@ def weights(args: list[Tensor | None], states: int | None = None) -> tuple[Tenso
     batch=st.integers(1, 2),
     length=st.integers(1, 200),
     heads=st.integers(1, 2),
-    sizes=st.tuples(st.sampled_from([32, 64]), st.sampled_from([32, 64])),
+    sizes=st.tuples(st.sampled_from([32, 64, 80]), st.sampled_from([24, 64])),
     segment=st.sampled_from([None, 64, 128]),
     decay=st.sampled_from([0.001, 0.3, 5.0]),
     options=st.fixed_dictionaries({"scale": st.sampled_from([None, 0.3]), "l2_norm": st.booleans()}),
@@ -217,13 +217,13 @@ def test_refusals_say_why():
     assert reason(q, k, v, decay, beta, rule="gated_delta") is None
     assert "gated_delta" in reason(q, k, v, None, beta, rule="delta")
     assert "one decay a head" in reason(q, k, v, decay[..., None].expand(q.shape), beta, rule="gated_delta")
-    assert "head sizes 24 and 32" in reason(q[..., :24], k[..., :24], v, decay, beta, rule="gated_delta")
+    assert "head sizes 512 and 32" in reason(*(q.repeat(1, 1, 1, 16),) * 2, v, decay, beta, rule="gated_delta")
     wide = [x.new_zeros(1, 4, 1, 256) for x in (q, k)]
-    assert "float32 heads of size 256" in reason(*wide, v, decay, beta, rule="gated_delta")
-    assert "size 32 beside keys" in reason(*(x.half() for x in (*wide, v)), decay, beta, rule="gated_delta")
+    assert "float32 heads of more than 128" in reason(*wide, v, decay, beta, rule="gated_delta")
+    assert reason(*(x.half() for x in (*wide, v)), decay, beta, rule="gated_delta") is None
     assert "must share one" in reason(q.double(), k, v, decay, beta, rule="gated_delta")
     with pytest.raises(ValueError, match="head sizes"):
-        kernel.forward(q[..., :24], k[..., :24], v, decay, beta, None)
+        kernel.forward(*(q.repeat(1, 1, 1, 16),) * 2, v, decay, beta, None)
     with pytest.raises(ValueError, match="B = 1"):
         two = [torch.cat([x, x]) for x in (q, k, v, decay, beta)]
         kernel.forward(*two, None, cu_seqlens=torch.tensor([0, 4]))

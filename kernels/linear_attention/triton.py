@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
-SIZES = (32, 64, 128, 256)
+SIZES = (64, 128, 256)  # heads of other sizes are filled up with zeros
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 1e-6
 
@@ -56,12 +56,10 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor 
         return "a decay a key channel: only one decay a head is written in Triton"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: q, k and v must share one of bfloat16, float16 and float32"
-    if q.shape[-1] not in SIZES or v.shape[-1] not in SIZES:
-        return f"head sizes {q.shape[-1]} and {v.shape[-1]}: both must be one of {', '.join(map(str, SIZES))}"
-    if q.shape[-1] == 256 and q.dtype == torch.float32:
-        return "float32 heads of size 256: their tiles do not fit a processor"
-    if q.shape[-1] == 256 and v.shape[-1] == 32:
-        return "values of size 32 beside keys of size 256: Triton's code for such tiles reads outside shared memory"
+    if max(q.shape[-1], v.shape[-1]) > SIZES[-1]:
+        return f"head sizes {q.shape[-1]} and {v.shape[-1]}: both must be at most {SIZES[-1]}"
+    if q.shape[-1] > 128 and q.dtype == torch.float32:
+        return "float32 heads of more than 128: their tiles do not fit a processor"
     if q.numel() == 0:
         return "no tokens"
     return None
@@ -90,15 +88,15 @@ def forward(
         segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
     """
     call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
-    state = _dense(state)
+    state = call.filled(state)
     plan: list[_Launch] = []
     parts = _prepare_chunks(plan, call)
     ends, _ = _segment_ends(plan, call, parts, state)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    o = torch.empty(call.v.shape, dtype=v.dtype, device=v.device)
     final = call.states(call.docs)
     _walk(plan, call, parts, state, ends, final, o=o)
     _run(plan, call)
-    return o, final
+    return _cut(o, v.shape[-1]), _cut(final, q.shape[-1], v.shape[-1])
 
 
 def backward(
@@ -120,20 +118,22 @@ def backward(
     """Gradients of q, k, v, decay, beta and state (None without one), each in its input's dtype, from those of o and of the
     final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
     call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
-    state, grad_state = _dense(state), _dense(grad_state)
+    state, grad_state = call.filled(state), call.filled(grad_state)
     plan: list[_Launch] = []
     parts = _prepare_chunks(plan, call)
     ends, maps = _segment_ends(plan, call, parts, state)
     states = q.new_empty(call.chunks, call.heads, call.keys, call.values)
     updates = q.new_empty(call.chunks, call.heads, CHUNK, call.values)
     _walk(plan, call, parts, state, ends, None, states=states, updates=updates)
-    grad = _rows(grad.to(q.dtype))
+    grad = _rows(_fill(grad.to(q.dtype), call.values))
     dstates, errors = torch.empty_like(states), torch.empty_like(updates)
     dfirst = call.states(call.docs)
     _walk_back(plan, call, parts, grad, grad_state, maps, dfirst, dstates, errors)
     dq, dk, dv, ddecay, dbeta = _chunk_gradients(plan, call, parts, grad, states, dstates, updates, errors)
     _run(plan, call)
-    return dq, dk, dv, ddecay, dbeta, None if state is None else dfirst.to(state.dtype)
+    keys, values = q.shape[-1], v.shape[-1]
+    first = None if state is None else _cut(dfirst, keys, values).to(state.dtype)
+    return _cut(dq, keys), _cut(dk, keys), _cut(dv, values), ddecay, dbeta, first
 
 
 # --- the host's side ---------------------------------------------------------------------------------------------------------
@@ -184,15 +184,15 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment) -> _Call:
-        batch, length, heads, keys = q.shape
-        values = v.shape[-1]
-        scale = keys**-0.5 if scale is None else scale
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         if reason := refusal(q, k, v, decay, beta, rule=rule):
             raise ValueError(f"linear attention in Triton cannot take {reason}")
+        keys, values = (next(size for size in SIZES if size >= x.shape[-1]) for x in (q, v))
+        q, k, v = _rows(_fill(q, keys)), _rows(_fill(k, keys)), _rows(_fill(v, values))
+        batch, length, heads, _ = q.shape
         if segment is None:
             programs = heads * (values // _value_block(keys, values, q.dtype))
             segment = _segment_tokens(length, batch, programs, _processors(q.device))
-        q, k, v = _rows(q), _rows(k), _rows(v)
         if cu_seqlens is None:
             segments = batch * triton.cdiv(length, segment)
             chunks = batch * triton.cdiv(length, CHUNK)
@@ -220,6 +220,9 @@ class _Call(NamedTuple):
     def split(self) -> bool:
         """May a document have several segments? (Known on the host; whether one has is known on the device.)"""
         return self.segments > self.docs
+
+    def filled(self, state: Tensor | None) -> Tensor | None:
+        return None if state is None else _fill(state, self.keys, self.values).contiguous()
 
     def states(self, count: int) -> Tensor:
         return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
@@ -259,8 +262,17 @@ class _Maps(NamedTuple):
     moves: Tensor
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _fill(x: Tensor, *sizes: int) -> Tensor:
+    """With zeros up to `sizes` in the last dimensions: channels that change nothing."""
+    short = [size - have for size, have in zip(sizes, x.shape[-len(sizes) :], strict=True)]
+    return torch.nn.functional.pad(x, [n for size in reversed(short) for n in (0, size)]) if any(short) else x
+
+
+def _cut(x: Tensor, *sizes: int) -> Tensor:
+    """`_fill` undone."""
+    for dim, size in zip(range(-len(sizes), 0), sizes, strict=True):
+        x = x.narrow(dim, 0, size)
+    return x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -882,7 +894,7 @@ def _join(
     else:
         count = (length + size - 1) // size
         begin = doc * count
-    BR: tl.constexpr = K if K < 64 else 64
+    BR: tl.constexpr = 64
     channels = tl.arange(0, K)
     columns = column * BV + tl.arange(0, BV)
     cell = channels[:, None] * V + columns[None, :]

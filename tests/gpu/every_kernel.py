@@ -1,0 +1,58 @@
+"""Every Triton kernel once, on small shapes: `compute-sanitizer --tool memcheck python -m tests.gpu.every_kernel` (or racecheck).
+
+Give it `PYTORCH_NO_CUDA_MEMORY_CACHING=1`, so that each tensor is an allocation of its own and reads past its end show.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hydrasurgery.bench.cases import DECODE, FUSION_BACKWARD, Layer
+from hydrasurgery.kernels.causal_conv import triton as conv
+from hydrasurgery.kernels.decode_step import triton as decode
+from hydrasurgery.kernels.linear_attention import triton as linear
+from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
+from tests.gpu.check_linear_attention import inputs
+
+SIZES = [(128, 128), (64, 64), (64, 128), (128, 64), (256, 128), (64, 256), (256, 256), (32, 24)]
+SMALL = Layer(full=1, linear=2, kv_heads=1)
+
+
+def linear_attention(dtype: torch.dtype, keys: int, values: int, **options: object) -> None:
+    given = inputs(dtype, (1, 300, 2, keys, values), 0.02)
+    if options.get("cu_seqlens") is not None:
+        given["state"] = torch.randn(4, 2, keys, values, device="cuda")
+    o, state = linear.forward(**given, **options)
+    linear.backward(torch.randn_like(o), torch.randn_like(state), **given, **options)
+
+
+def causal_conv(dtype: torch.dtype, reset: bool) -> None:
+    x, weight = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((2, 70, 48), (48, 4)))
+    state = None if reset else torch.randn(2, 48, 3, device="cuda", dtype=dtype)
+    starts = torch.rand(2, 70, device="cuda") < 0.1 if reset else None
+    y, tail = conv.forward(x, weight, state, starts)
+    conv.backward(torch.randn_like(y), torch.randn_like(tail), x, weight, state, starts)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    documents = torch.tensor([0, 0, 1, 130, 300], device="cuda", dtype=torch.int32)
+    for keys, values in SIZES:
+        linear_attention(torch.bfloat16, keys, values, segment=128)
+    linear_attention(torch.bfloat16, 128, 128, cu_seqlens=documents, l2_norm=True)
+    linear_attention(torch.float32, 64, 64, segment=128)
+    for dtype in (torch.bfloat16, torch.float32):
+        for reset in (False, True):
+            causal_conv(dtype, reset)
+        given = FUSION_BACKWARD.inputs(SMALL, 37, device, dtype)
+        fusion.backward(**given, norm_full=True, eps=1e-6)
+        given.pop("grad")
+        fusion.forward(**given, norm_full=True, eps=1e-6)
+        decode.forward(**DECODE.inputs(SMALL, 3, device, dtype), scale=None, eps=1e-6)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
