@@ -3,6 +3,7 @@
 from hydrasurgery import ops, pretrained
 from hydrasurgery.export import OnnxDecoder, export_onnx, export_pt2
 from hydrasurgery.forecast import forecast
+from hydrasurgery.options import LayerOptions
 from hydrasurgery.plan import Plan, plan_heads
 from hydrasurgery.regions import Region, capture, head_taps, region_modules, regions, register_interface, restore
 from hydrasurgery.rewrite import rewrite
@@ -15,6 +16,7 @@ register_interface()
 
 __all__ = [
     "HeadScores",
+    "LayerOptions",
     "OnnxDecoder",
     "Plan",
     "Region",

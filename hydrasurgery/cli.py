@@ -46,6 +46,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a mod
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens a probe; by default 4096 or the model's limit.")]
 Count = Annotated[int, typer.Option(min=1, help="Sequences.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+LAYER = "How layers are built: default, hydrahead (the paper's), and/or changes, as in hydrahead,conv=none."
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 
 
@@ -140,6 +141,7 @@ def plan(
     keep: Annotated[list[str] | None, typer.Option(metavar="L:H", help="A layer's head that stays full.")] = None,
     never: Annotated[list[str] | None, typer.Option(metavar="L:H", help="A layer's head that becomes linear.")] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens that the forecast and the budget are for.")] = 32768,
+    layer: Annotated[str, typer.Option(help=LAYER)] = "default",
     plot: Annotated[Path | None, typer.Option(help="A PNG of the plan, layers by heads.")] = None,
 ) -> None:
     """Decide which heads stay full; prints the plan and a forecast of its cache and arithmetic.
@@ -166,6 +168,7 @@ def plan(
         seed=seed,
         group_score=group_score,
         tie=tie,
+        layer=layer,
     )
     made.save(out)
     typer.echo(f"{made}\n\n{forecast(made, length=length)}")
@@ -228,13 +231,7 @@ def rewrite(
     model: Model,
     plan: Annotated[Path, typer.Option(help="A plan file.")],
     out: Annotated[Path, typer.Option(help="The folder of the hybrid.")],
-    full_norm: Annotated[
-        bool, typer.Option("--full-norm", help="Normalise full heads too, as the paper does.")
-    ] = False,
-    rule: Annotated[str, typer.Option(help="linear, gated, delta or gated_delta.")] = "gated_delta",
-    untie: Annotated[
-        bool, typer.Option("--untie", help="Give linear heads projections of their own, as the paper does.")
-    ] = False,
+    layer: Annotated[str | None, typer.Option(help=f"{LAYER} By default what the plan says.")] = None,
     calibrate_text: Annotated[Path | None, typer.Option(help="Text to fit the linear heads to the teacher on.")] = None,
 ) -> None:
     """Turn the heads that a plan calls linear into linear attention, and save the untrained hybrid.
@@ -250,8 +247,7 @@ def rewrite(
     teacher = load_model(model)
     tokenizer = load_tokenizer(model, teacher)
     try:
-        norm = "paper" if full_norm else "exact"
-        hybrid = rewrite_heads(teacher, chosen, full_norm=norm, rule=rule, untie=untie)
+        hybrid = rewrite_heads(teacher, chosen, layer=layer)
     except PlanError as error:
         raise PlanError(f"{plan}: {error}") from error
     if text is not None:

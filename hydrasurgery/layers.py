@@ -7,6 +7,7 @@ identity, output gate folded into gamma.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from hydrasurgery.ops import select_heads
 
 FORGET = -50.0  # log decay at a document's first token: exp(-50) of the old state is nothing in fp32
+LOG_LENGTH = 500.0
 
 
 class DecayGate(nn.Module):
@@ -75,11 +77,15 @@ class OutputGate(nn.Module):
 
 
 class ConvWeight(nn.Module):
-    """Depthwise taps of a residual short convolution x + conv(x); zero weights, so that it starts as the identity."""
+    """Depthwise taps of a short convolution.
 
-    def __init__(self, channels: int, width: int = 4) -> None:
+    All zero for a residual one, x + conv(x), and `current` on the current token for SiLU(conv(x)): both begin with x.
+    """
+
+    def __init__(self, channels: int, width: int = 4, current: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, width))
+        nn.init.constant_(self.weight[:, -1:], current)
 
 
 def to_tokens(heads: Tensor, valid: Tensor) -> Tensor:
@@ -98,6 +104,52 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension, in fp32, returned in x's dtype."""
     y = x.float()
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _turn_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def _turn_half_back(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([second, -first], dim=-1)
+
+
+def _turn_pairs(x: Tensor) -> Tensor:
+    return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+
+
+# How a rotary embedding pairs the channels: first with second half (clockwise too), or each with its neighbour.
+TURNS: dict[str, Callable[[Tensor], Tensor]] = {"half": _turn_half, "half-back": _turn_half_back, "pairs": _turn_pairs}
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: str) -> Tensor:
+    """Rotary embedding `x * cos + turn(x) * sin` of the first R channels; the others pass.
+
+    Args:
+        x: [B, H, T, D].
+        cos, sin: [B or 1, 1, T, R], R at most D.
+        turn: which of TURNS.
+    """
+    width = cos.shape[-1]
+    first = x[..., :width]
+    turned = first * cos + TURNS[turn](first) * sin
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, turn: str) -> Tensor:
+    """The same for x [B, T, H, D]."""
+    return rotate(x.transpose(1, 2), cos, sin, turn).transpose(1, 2)
+
+
+def scale_by_length(q: Tensor, positions: Tensor, a: float = LOG_LENGTH) -> Tensor:
+    """q [B, H, T, D] * log(p + a) / log(a) for positions p [B, T]: logits that grow as slowly as the keys become many.
+
+    The coefficient of HALO (thunlp), with its a = 500; 1 at a document's first token.
+    """
+    coefficient = torch.log(positions.float() + a) / math.log(a)
+    return q * coefficient[:, None, :, None].to(q.dtype)
 
 
 def merge_heads(full: Tensor, linear: Tensor, linear_heads: tuple[int, ...]) -> Tensor:

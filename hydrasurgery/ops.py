@@ -1,9 +1,9 @@
 """The dialect: four pure operators that every region graph is written in, a fifth that decodes one token through several of
-them at once, and two helpers on heads and tokens.
+them at once, one that counts, and two helpers on heads and tokens.
 
 An operator is `torch.ops.hydra.<name>`: a schema, a fake kernel, an analytic backward that is an operator too
-(`hydra::<name>_backward`; decoding has none), and kernels in `hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses
-one for each call. Layouts and meanings follow ONNX where ONNX has the operator. The function of the same name here checks
+(`hydra::<name>_backward`; decoding and counting have none), and kernels in `hydrasurgery.kernels.<name>`, of which
+`kernels.registry` chooses one for each call (counting is plain PyTorch everywhere). Layouts and meanings follow ONNX where ONNX has the operator. The function of the same name here checks
 shapes and says what is wrong; graphs call the operator itself. Inside, arithmetic is fp32 (fp64 for fp64 inputs); autocast has
 no say in it, except that it lowers the q, k, v of `attention`, as it does for PyTorch's own attention.
 """
@@ -28,6 +28,7 @@ __all__ = [
     "scale_norm_fusion",
     "select_heads",
     "token_flags",
+    "token_positions",
 ]
 
 MASKED = -1.0e4  # what additive masks hold where a token may not attend is this or less, in every dtype
@@ -360,6 +361,28 @@ def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Ten
     return valid.expand(batch, length), reset.expand(batch, length)
 
 
+def token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each token's place in its document, padding not counted: `p_t = n_t - 1`, n_t its tokens up to and with t.
+
+    Not the model's position ids: those of a batch that is padded on the left may count the padding.
+
+    Args:
+        valid, reset: [B, T], of `token_flags`.
+        seen: [B] int64, tokens of the last document before the first token here; 0 if None.
+
+    Returns:
+        positions [B, T] int64 (of padding, its predecessor's, at least 0) and `seen` after the last token [B] int64.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+    """
+    _expect("valid", valid, (None, None))
+    _expect("reset", reset, tuple(valid.shape))
+    if seen is not None:
+        _expect("seen", seen, (valid.shape[0],))
+    return torch.ops.hydra.token_positions.default(valid, reset, seen)
+
+
 def _may_attend(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > MASKED
 
@@ -669,6 +692,27 @@ def _decode_step(
 @_decode_step.register_fake
 def _(q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, *, scale=None, eps=1e-6):
     return _fake(v)
+
+
+# --- counting ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hydra::token_positions", mutates_args=())
+def _token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    count = valid.long().cumsum(1)
+    if seen is not None:
+        count = count + seen[:, None]
+    if count.shape[1] == 0:
+        return count, count.new_zeros(count.shape[0]) if seen is None else seen.clone()
+    # What was counted before a document's first token is taken off again, until another one begins.
+    before = torch.where(reset, count - 1, 0).cummax(1).values
+    inside = count - before
+    return (inside - 1).clamp_(min=0), inside[:, -1].clone()
+
+
+@_token_positions.register_fake
+def _(valid, reset, seen=None):
+    return valid.new_empty(valid.shape, dtype=torch.int64), valid.new_empty(valid.shape[:1], dtype=torch.int64)
 
 
 # --- autocast ----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from hydrasurgery.errors import PlanError
 from hydrasurgery.files import atomic_write_text
+from hydrasurgery.options import LayerOptions
 
 FULL, LINEAR = "full", "linear"
 UNITS = ("head", "kv-group")
@@ -99,6 +100,7 @@ class Plan:
     model: ModelInfo = ModelInfo()
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    layer: LayerOptions = LayerOptions()
 
     @property
     def num_heads(self) -> int:
@@ -128,6 +130,7 @@ class Plan:
             "seed": self.seed,
             "versions": dict(sorted(self.versions.items())),
             "notes": list(self.notes),
+            "layer": asdict(self.layer),
             "layers": [_layer_to_dict(layer) for layer in self.layers],
         }
 
@@ -155,12 +158,15 @@ class Plan:
                 model=ModelInfo(**value["model"]),
                 versions=dict(value["versions"]),
                 notes=tuple(value["notes"]),
+                layer=LayerOptions(**value.get("layer", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
                 f"{source}: a field of the plan is missing or of the wrong type ({type(error).__name__}: {error}). "
                 "Compare it with a file written by Plan.save, or make the plan again with plan_heads."
             ) from error
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from error
         plan._check_itself(source)
         return plan
 
@@ -263,6 +269,7 @@ def plan_heads(
     seed: int = 0,
     group_score: str = "max",
     tie: float = 1e-3,
+    layer: LayerOptions | str = "default",
 ) -> Plan:
     """Decide which heads stay full.
 
@@ -294,12 +301,14 @@ def plan_heads(
         group_score: "max", "mean" or "sum" of the heads' scores in a KV group.
         tie: Resolution of the scores, in the scores' own unit (1 is the whole effect of an answer; `swap-kl` scores are
             nats and far smaller, so give 0 or their resolution).
+        layer: How the hybrid layers are built: LayerOptions, or text such as "hydrahead" or "conv=none" (`LayerOptions.of`).
 
     Raises:
         PlanError: an unknown option, a keep or never entry that is no head, a head that is both, a floor above a
             layer's units, missing or non-finite scores.
     """
     _check_options(unit, strategy, group_score, budget, min_full_per_layer, tie)
+    options = LayerOptions.of(layer)
     share = _full_share(ratio)
     shapes, model = model_shapes(source)
     groups = [_units(shape, unit) for shape in shapes]
@@ -325,7 +334,7 @@ def plan_heads(
         for index, (shape, layer) in enumerate(zip(shapes, groups, strict=True))
     )
     versions = package_versions()
-    return Plan(layers, unit, strategy, ratio, floor, keep, never, budget, seed, model, versions, tuple(notes))
+    return Plan(layers, unit, strategy, ratio, floor, keep, never, budget, seed, model, versions, tuple(notes), options)
 
 
 def package_versions() -> dict[str, str]:
@@ -647,6 +656,7 @@ def _header(plan: Plan) -> list[str]:
         f"strategy {plan.strategy}, unit {plan.unit}, budget {plan.budget}, seed {plan.seed}"
         + (f", kept by request {_list(plan.keep)}" if plan.keep else "")
         + (f", never {_list(plan.never)}" if plan.never else ""),
+        f"layer {plan.layer}",
     ]
 
 

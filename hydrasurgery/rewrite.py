@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hydrasurgery.errors import UnsupportedModelError
-from hydrasurgery.passes import run_pipeline
+from hydrasurgery.errors import PlanError, UnsupportedModelError
+from hydrasurgery.options import LayerOptions
+from hydrasurgery.passes import (
+    CanonicalizeAttention,
+    CanonicalizeRotary,
+    FuseDecode,
+    FuseHeads,
+    LinearizeHeads,
+    Pass,
+    PlaceHeads,
+    PruneProjections,
+    SplitHeads,
+    ThreadState,
+    UntieProjections,
+    parse,
+    run_pipeline,
+)
 from hydrasurgery.plan import Plan
 from hydrasurgery.regions import Region, capture, stitch
 
 
-def hybrid_pipeline(
-    rule: str = "gated_delta", full_norm: str = "exact", conv: int = 4, gate: bool = True, untie: bool = False
-) -> str:
-    """The passes of a rewrite, as a pipeline string; `untie` gives the linear heads their own q, k and v projections."""
-    own = "untie-projections,prune-projections," if untie else ""
-    return (
-        f"canonicalize-attention,split-heads,{own}linearize-heads{{rule={rule},conv={conv}}},"
-        f"fuse-heads{{full_norm={full_norm},gate={gate}}},thread-state,fuse-decode"
-    )
+def hybrid_pipeline(layer: LayerOptions | str = "default") -> str:
+    """The passes that build a layer of these options, as a pipeline string."""
+    options = LayerOptions.of(layer)
+    place = PlaceHeads(options.full_rope, options.linear_rope, options.log_length)
+    kind = {"conv": 0} if options.conv == "none" else {"conv_kind": options.conv}
+    steps = [
+        CanonicalizeAttention(),
+        *([CanonicalizeRotary()] if options.moves_rotary else []),
+        SplitHeads(),
+        *([place] if place != PlaceHeads() else []),
+        *([UntieProjections(), PruneProjections()] if options.untie else []),
+        LinearizeHeads(options.rule, **kind),
+        FuseHeads(options.full_norm, options.gate, options.full_gate),
+        ThreadState(),
+        FuseDecode(),
+    ]
+    return ",".join(map(str, steps))
 
 
 def share_copy(model: nn.Module) -> nn.Module:
@@ -36,9 +60,7 @@ def rewrite(
     model: nn.Module,
     plan: Plan,
     *,
-    full_norm: str = "exact",
-    rule: str = "gated_delta",
-    untie: bool = False,
+    layer: LayerOptions | str | None = None,
     pipeline: str | None = None,
     example_inputs: Any = None,
     dump: str | Path | None = None,
@@ -51,19 +73,22 @@ def rewrite(
     Args:
         model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`.
         plan: which head is what.
-        full_norm: "exact" (full heads pass unchanged) or "paper" (normalised, with a gamma each).
-        rule: the recurrence: linear, gated, delta or gated_delta.
-        untie: give the linear heads their own q, k and v projections (copies, under `hydra`), and prune each projection
-            to the heads that read it where it can be. The pruned ones are new parameters, no longer the teacher's.
-        pipeline: other passes than the default, as a string.
+        layer: how a layer is built, instead of what the plan says: `hydrasurgery.LayerOptions`, or text such as "hydrahead" (the
+            paper's layer) or "untie=true,conv=none". With `untie`, projections are pruned to the heads that read them where they
+            can be; the pruned ones are new parameters, no longer the teacher's.
+        pipeline: other passes than those of `layer`, as a string.
         example_inputs: see `hydrasurgery.capture`.
         dump: a folder for the text of every region around every pass.
 
     Raises:
         UnsupportedModelError, PlanError, PassError: naming the module.
     """
+    if layer is not None and pipeline is not None:
+        raise PlanError("layer and pipeline both say how a layer is built; leave one of them out.")
+    if layer is not None:
+        plan = replace(plan, layer=LayerOptions.of(layer))
     hybrid = share_copy(model)
-    steps = pipeline or hybrid_pipeline(rule, full_norm, untie=untie)
+    steps = pipeline or hybrid_pipeline(plan.layer)
     apply_plan(hybrid, plan, steps, example_inputs, dump)
     config = getattr(hybrid, "config", None)
     if config is not None:
@@ -83,9 +108,21 @@ def apply_plan(
     plan.validate(regions)
     for region, layer in zip(regions, plan.layers, strict=True):
         region.kinds = layer.kinds
-    regions = run_pipeline(regions, pipeline, dump=dump)
+    passes = parse(pipeline)
+    regions = run_pipeline(regions, passes, dump=dump)
+    _check_rotary(model, regions, passes)
     stitch(model, regions)
     return regions
+
+
+def _check_rotary(model: nn.Module, regions: list[Region], passes: tuple[Pass, ...]) -> None:
+    """A model may have layers without rotary embedding, but to drop what no layer has is a mistake."""
+    drops = any(isinstance(step, PlaceHeads) and not (step.full_rope and step.linear_rope) for step in passes)
+    if drops and not any(region.options.get("rotary") for region in regions):
+        raise PlanError(
+            f"{type(model).__name__}: no rotary embedding was recognised in {regions[0].name} or any other attention layer, so "
+            "heads cannot do without; leave full_rope and linear_rope true (as in layer='hydrahead,full_rope=true')."
+        )
 
 
 def _check_interface(model: nn.Module) -> None:

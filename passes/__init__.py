@@ -2,10 +2,12 @@
 
 from hydrasurgery.passes.base import PRESETS, REGISTRY, Pass, PassResult, parse, run_pipeline
 from hydrasurgery.passes.canonicalize_attention import CanonicalizeAttention
+from hydrasurgery.passes.canonicalize_rotary import CanonicalizeRotary
 from hydrasurgery.passes.fuse_decode import FuseDecode
 from hydrasurgery.passes.fuse_heads import FuseHeads
 from hydrasurgery.passes.linearize_heads import LinearizeHeads
 from hydrasurgery.passes.order_heads import OrderHeads
+from hydrasurgery.passes.place_heads import PlaceHeads
 from hydrasurgery.passes.prune_projections import PruneProjections
 from hydrasurgery.passes.select_kernels import SelectKernels
 from hydrasurgery.passes.split_heads import SplitHeads
@@ -16,12 +18,14 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "CanonicalizeAttention",
+    "CanonicalizeRotary",
     "FuseDecode",
     "FuseHeads",
     "LinearizeHeads",
     "OrderHeads",
     "Pass",
     "PassResult",
+    "PlaceHeads",
     "PruneProjections",
     "SelectKernels",
     "SplitHeads",

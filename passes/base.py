@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from hydrasurgery import ops
 from hydrasurgery.errors import PassError, PipelineError, PostconditionError, PreconditionError
 from hydrasurgery.files import atomic_write_text
 from hydrasurgery.passes.verify import infer_shapes, run_random, verify
@@ -76,7 +78,7 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 
 PRESETS = {
-    "analyze": "canonicalize-attention",
+    "analyze": "canonicalize-attention,canonicalize-rotary",
     "hybrid": "canonicalize-attention,split-heads,linearize-heads,fuse-heads,thread-state,fuse-decode",
 }
 
@@ -169,6 +171,20 @@ def _dump(folder: str | Path | None, region: Region, number: int, name: str) -> 
 def source(region: Region) -> fx.Node:
     """The input node of the hidden states [B, T, C]."""
     return next(n for n in region.graph.nodes if n.op == "placeholder" and n.target == region.source)
+
+
+def token_flags(region: Region, mask: fx.Node | None) -> tuple[fx.Node, fx.Node]:
+    """The nodes `valid` and `reset` [B, T] of a mask (`ops.token_flags`), made where they are not there yet."""
+    graph = region.graph
+    if not region.find(ops.token_flags):
+        order = list(graph.nodes)
+        before = [n for n in order if n.op == "placeholder" or n is mask][-1]
+        with graph.inserting_before(before.next):
+            flags = graph.call_function(ops.token_flags, (mask, source(region)))
+            for place, name in enumerate(("valid", "reset")):
+                graph.create_node("call_function", operator.getitem, (flags, place), None, name)
+    valid, reset = region.find(ops.token_flags)[0].users
+    return valid, reset
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ class FuseDecode(Pass):
     """Gives the region a second graph, `decode`, in which convolution, L2 norm, recurrence, RMS norm, gamma and gate are one node.
 
     The region's own graph stays as it is: prefill, training and tracing run it. Only rule gated_delta with full heads
-    passed through has the operator; other regions keep one graph.
+    passed through and no native convolution has the operator; other regions keep one graph.
     """
 
     name: ClassVar[str] = "fuse-decode"
@@ -32,8 +32,9 @@ class FuseDecode(Pass):
         self.need(region, threaded, "run thread-state first: the graph has no state input")
 
     def run(self, region: Region) -> PassResult:
-        fused = region.find(FUSION)
-        if not fused or region.options.get("rule") != "gated_delta" or fused[0].kwargs["norm_full"]:
+        fused, given = region.find(FUSION), region.options
+        plain = given.get("rule") == "gated_delta" and given.get("conv") != "native"
+        if not (fused and plain and region.linear_heads) or fused[0].kwargs["norm_full"]:
             return PassResult(region, False)
         graph = copy.deepcopy(region.graph)
         fusion = graph.find_nodes(op="call_function", target=FUSION)[0]
@@ -57,8 +58,10 @@ class FuseDecode(Pass):
             merged = step if full is None else graph.call_function(merge_heads, (full, step, region.linear_heads))
         fusion.replace_all_uses_with(merged)
         for node in graph.find_nodes(op="call_function", target=write_state):
-            graph.erase_node(node)
-        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target is count_tokens)
+            if arguments(arguments(node)[2])[0].target in (CONV, LINEAR):
+                graph.erase_node(node)
+        kept = (count_tokens, write_state)
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in kept)
         region.decode = graph
         return PassResult(region, False)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from hydrasurgery.layers import OutputGate, merge_heads
 from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
@@ -20,54 +21,71 @@ FUSION = torch.ops.hydra.scale_norm_fusion.default
 class FuseHeads(Pass):
     """Linear heads: gamma_h * RMSNorm(o_h) * gate (paper eq. 13-14). Full heads: passed on, or normalised too.
 
-    Options: `full_norm` ("exact": full heads pass unchanged; "paper": they are normalised), `gate` (output gate or not).
+    Options: `full_norm` ("exact": full heads pass unchanged; "paper": they are normalised), `gate` (output gate or not),
+    `full_gate` (the gate is one of all heads, and is multiplied onto them behind the fusion).
     """
 
     name: ClassVar[str] = "fuse-heads"
     exact: ClassVar[bool] = False
     full_norm: str = "exact"
     gate: bool = True
+    full_gate: bool = False
 
     def requires(self, region: Region) -> None:
         self.need(
             region, self.full_norm in ("exact", "paper"), f'full_norm is {self.full_norm!r}, not "exact" or "paper"'
         )
+        self.need(region, self.gate or not self.full_gate, "full_gate is set and gate is not: one gate serves all heads")
 
     def run(self, region: Region) -> PassResult:
         region.options["full_norm"] = self.full_norm
-        linear = region.linear_heads
-        if not linear and self.full_norm == "exact":
-            return PassResult(region, False)
-        graph = region.graph
+        gates_all = self.full_gate and bool(region.full_heads)
+        if not region.linear_heads and self.full_norm == "exact":
+            heads = region.find(ATTENTION)[0]
+            if not gates_all:
+                return PassResult(region, False)
+        else:
+            heads = self._fuse(region, gate=self.gate and not gates_all)
+        if gates_all:
+            gate = _gate(region, heads, region.num_heads)
+            with region.graph.inserting_after(gate):
+                gated = region.graph.create_node("call_function", operator.mul, (heads, gate), None, "gated_heads")
+            heads.replace_all_uses_with(gated, delete_user_cb=lambda user: user is not gated)
+        return PassResult(region, True)
+
+    def _fuse(self, region: Region, gate: bool) -> fx.Node:
+        """The fusion node in place of the merge; `gate`: with an output gate of the linear heads."""
+        graph, linear = region.graph, region.linear_heads
         full = next((n for n in region.find(ATTENTION) if n.meta.get("kind") == "full"), None)
         recurrent = next((n for n in graph.nodes if n.meta.get("kind") == "linear"), None)
         old = next(n for n in (*region.find(merge_heads), full, recurrent) if n is not None)
-        hidden, width = source(region), hidden_size(region)
         norm_full = self.full_norm == "paper"
         like = next(region.module.parameters())
         count = region.num_heads if norm_full else len(linear)
         region.module.hydra.gamma = nn.Parameter(torch.ones(count, device=like.device, dtype=like.dtype))
         with graph.inserting_after(old):
             gamma = graph.get_attr("hydra.gamma")
-        previous = gamma
-        gate = None
-        if self.gate and linear:
-            path = new_parameters(region, "output_gate", OutputGate(width, len(linear)))
-            with graph.inserting_after(previous):
-                gate = previous = graph.create_node("call_module", path, (hidden,), None, "gate")
-        with graph.inserting_after(previous):
+        gates = _gate(region, gamma, len(linear)) if gate and linear else None
+        with graph.inserting_after(gates or gamma):
             fused = graph.create_node(
                 "call_function",
                 FUSION,
-                (full, recurrent, gamma, gate),
+                (full, recurrent, gamma, gates),
                 {"linear_heads": list(linear), "norm_full": norm_full},
                 "fused_heads",
             )
         old.replace_all_uses_with(fused, delete_user_cb=lambda user: user is not fused)
         if old.target is merge_heads:
             graph.erase_node(old)
-        return PassResult(region, True)
+        return fused
 
     def ensures(self, region: Region) -> None:
         if region.linear_heads:
             self.promise(region, len(region.find(FUSION)) == 1, "the heads are not fused by one node")
+
+
+def _gate(region: Region, after: fx.Node, heads: int) -> fx.Node:
+    """An output gate [B, T, heads, 1] of the hidden states, computed behind the node `after`."""
+    path = new_parameters(region, "output_gate", OutputGate(hidden_size(region), heads))
+    with region.graph.inserting_after(after):
+        return region.graph.create_node("call_module", path, (source(region),), None, "gate")

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.nn.functional import silu
 
 from hydrasurgery import ops
-from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, to_heads, to_tokens
-from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
+from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, rotate_tokens, to_heads, to_tokens
+from hydrasurgery.passes.base import Pass, PassResult, arguments, hidden_size, new_parameters, register, source, token_flags
+from hydrasurgery.passes.canonicalize_rotary import rotations, unrotated
 from hydrasurgery.regions import ATTENTION, Region
 
 LINEAR = torch.ops.hydra.linear_attention.default
@@ -23,16 +25,23 @@ CONV = torch.ops.hydra.causal_conv.default
 class LinearizeHeads(Pass):
     """q, k and v of the old attention (rotated, normalised) feed the recurrence; q and k are L2-normalised.
 
-    Options: `rule` (linear, gated, delta, gated_delta), `conv` (taps of the residual short convolution; 0: none).
+    Options: `rule` (linear, gated, delta, gated_delta), `conv` (taps of the short convolution; 0: none), `conv_kind`
+    ("residual": x + conv(x) of the rotated q and k; "native": SiLU(conv(x)) as in Gated DeltaNet, before they are rotated, for
+    SiLU of a rotated pair would no longer depend on distances alone).
     """
 
     name: ClassVar[str] = "linearize-heads"
     exact: ClassVar[bool] = False
     rule: str = "gated_delta"
     conv: int = 4
+    conv_kind: str = "residual"
 
     def requires(self, region: Region) -> None:
         self.need(region, self.rule in ops.RULES, f"rule {self.rule!r} is none of {', '.join(ops.RULES)}")
+        known = self.conv_kind in ("residual", "native")
+        self.need(region, known, f'conv_kind is {self.conv_kind!r}, not "residual" or "native"')
+        late = self.conv and self.conv_kind == "native"
+        self.need(region, not late or "rotary" in region.options, "run canonicalize-rotary first: conv_kind is native")
         kinds = {n.meta.get("kind") for n in region.find(ATTENTION)}
         self.need(region, None not in kinds, "run split-heads first: attention nodes have no kind")
 
@@ -49,25 +58,28 @@ class LinearizeHeads(Pass):
             def call(function: Any, *args: Any, name: str | None = None) -> fx.Node:
                 return graph.create_node("call_function", function, args, None, name)
 
-            flags = call(ops.token_flags, mask, hidden)
-            valid, reset = (
-                call(operator.getitem, flags, 0, name="valid"),
-                call(operator.getitem, flags, 1, name="reset"),
-            )
+            valid, reset = token_flags(region, mask)
+            native = bool(self.conv) and self.conv_kind == "native"
             tensors = []
             for label, x in (("q", q), ("k", k), ("v", v)):
+                turns = rotations(x) if native else []
+                if turns:
+                    x = unrotated(x)
                 tokens = call(to_tokens, x, valid)
                 if self.conv:
                     channels = heads * (region.value_dim if label == "v" else region.head_dim)
-                    new_parameters(region, f"{label}_conv", ConvWeight(channels, self.conv))
+                    new_parameters(region, f"{label}_conv", ConvWeight(channels, self.conv, float(native)))
                     weight = graph.get_attr(f"hydra.{label}_conv.weight")
                     mixed = graph.create_node(
                         "call_function", CONV, (tokens, weight, None, reset), None, f"{label}_conv"
                     )
                     mixed.meta["state"] = f"{label}_conv"
-                    tokens = call(operator.add, tokens, call(operator.getitem, mixed, 0))
+                    mixed = call(operator.getitem, mixed, 0)
+                    tokens = call(silu, mixed) if native else call(operator.add, tokens, mixed)
                     tokens = call(operator.mul, tokens, call(torch.ops.aten.unsqueeze.default, valid, -1))
                 x = call(to_heads, tokens, heads)
+                for turn in turns:
+                    x = call(rotate_tokens, x, *arguments(turn)[1:])
                 tensors.append(x if label == "v" else call(l2_norm, x))
             decay = beta = None
             if self.rule in ("gated", "gated_delta"):
@@ -83,8 +95,9 @@ class LinearizeHeads(Pass):
             new = call(operator.getitem, out, 0, name="o_recurrent")
         new.meta["kind"] = "linear"
         node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
         region.options["rule"] = self.rule
+        region.options["conv"] = self.conv_kind if self.conv else "none"
         return PassResult(region, True)
 
     def ensures(self, region: Region) -> None:

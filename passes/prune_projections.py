@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hydrasurgery import ops
+from hydrasurgery.layers import rotate
 from hydrasurgery.passes.base import Pass, PassResult, arguments, register
 from hydrasurgery.regions import Region
 
@@ -134,6 +135,8 @@ def _layout(region: Region, node: fx.Node, layouts: dict[fx.Node, Layout]) -> La
     layout = inside.pop()
     axis, rank = layout
     last = (-1, rank - 1)
+    if node.target is rotate:
+        return layout if layout == HEADS and all(_is_broadcast(n, layout) for n in arguments(node)[1:3]) else None
     if inside:
         return None
     if node.op == "call_module":

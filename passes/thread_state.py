@@ -1,4 +1,4 @@
-"""thread-state: kept KV heads, convolution inputs and recurrent states go through the region's cache layer."""
+"""thread-state: kept KV heads, convolution inputs, recurrent states and counts go through the region's cache layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import fx
 
 from hydrasurgery.passes.base import Pass, PassResult, register, source
 from hydrasurgery.passes.linearize_heads import CONV, LINEAR
+from hydrasurgery.passes.place_heads import POSITIONS
 from hydrasurgery.regions import ATTENTION, Region
 from hydrasurgery.state import count_tokens, extend_kv, read_state, write_state
 
-STATE_ARGUMENT = {CONV: 2, LINEAR: 5}
+STATE_ARGUMENT = {CONV: 2, LINEAR: 5, POSITIONS: 2}
 
 
 @register

@@ -55,6 +55,7 @@ class UntieProjections(Pass):
             for old in root.all_input_nodes:
                 if old in copies:
                     root.replace_input_with(old, copies[old])
+        graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
         return PassResult(region, bool(copies))
 
     def ensures(self, region: Region) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hydrasurgery as hs
-from hydrasurgery.rewrite import hybrid_pipeline
 from tests.families import tiny
 from tests.test_families import half_plan, stir
 
@@ -33,7 +32,7 @@ class Count(TorchDispatchMode):
 
 def hybrid_of(kinds: tuple[str, ...], **options: Any) -> Any:
     model = tiny("qwen3")
-    return stir(hs.rewrite(model, half_plan(model, kinds), pipeline=hybrid_pipeline(**options)))
+    return stir(hs.rewrite(model, half_plan(model, kinds), layer=hs.LayerOptions(**options)))
 
 
 def by_token(hybrid: Any, mask: torch.Tensor, first: int) -> torch.Tensor:
@@ -56,7 +55,15 @@ def by_token(hybrid: Any, mask: torch.Tensor, first: int) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kinds", [("full", "linear", "linear", "full"), ("linear",) * 4])
-@pytest.mark.parametrize("options", [{}, {"conv": 0}, {"gate": False}, {"untie": True}])
+@pytest.mark.parametrize("options", [
+        {},
+        {"conv": "none"},
+        {"gate": False},
+        {"untie": True},
+        {"linear_rope": False, "full_rope": False},
+        {"log_length": True, "full_gate": True},
+    ],
+)
 @pytest.mark.parametrize("first", [1, 4, 8])
 def test_decoding_in_one_step_says_the_same(kinds: tuple[str, ...], options: dict[str, Any], first: int) -> None:
     hybrid = hybrid_of(kinds, **options)
@@ -85,7 +92,7 @@ def test_training_runs_the_regions_own_graph() -> None:
     assert count.calls[STEP] == 0
 
 
-@pytest.mark.parametrize("options", [{"rule": "delta"}, {"full_norm": "paper"}])
+@pytest.mark.parametrize("options", [{"rule": "delta"}, {"full_norm": "paper"}, {"conv": "native"}])
 def test_what_the_operator_cannot_do_keeps_one_graph(options: dict[str, Any]) -> None:
     hybrid = hybrid_of(("full", "linear", "linear", "full"), **options)
     assert [region.decode for region in hs.regions(hybrid)] == [None, None]

@@ -25,7 +25,7 @@ def pair(model: nn.Module, kinds: tuple[str, ...] = KINDS) -> tuple[nn.Module, n
     """A tied hybrid, and one with its own projections and the same gates."""
     plan = half_plan(model, kinds)
     tied = stir(hs.rewrite(model, plan))
-    untied = hs.rewrite(model, plan, untie=True)
+    untied = hs.rewrite(model, plan, layer="untie=true")
     gates = {name: value for name, value in tied.state_dict().items() if ".hydra." in name}
     assert set(gates) <= set(untied.state_dict())
     untied.load_state_dict(gates, strict=False)

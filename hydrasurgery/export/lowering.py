@@ -66,7 +66,10 @@ class Lowering:
         def scale_norm_fusion(o_full, o_linear, gamma, gate=None, linear_heads=(), norm_full=False, eps=1e-6):
             return self.scale_norm_fusion(o_full, o_linear, gamma, gate, linear_heads, norm_full, eps)
 
-        functions = (attention, linear_attention, causal_conv, scale_norm_fusion)
+        def token_positions(valid, reset, seen=None):
+            return self.token_positions(valid, seen)
+
+        functions = (attention, linear_attention, causal_conv, scale_norm_fusion, token_positions)
         return {getattr(torch.ops.hydra, f.__name__).default: f for f in functions}
 
     # --- attention ------------------------------------------------------------------------------------------------
@@ -179,6 +182,15 @@ class Lowering:
             attributes=list(known.attributes.values()),
         )
         return values.Op(values.Opset(domain, 1), name, schema)
+
+    @staticmethod
+    def token_positions(valid: Any, seen: Any) -> tuple[Any, Any]:
+        """Counts of an attention_mask [B, S], which tells of no packed documents: `reset` is left out here too."""
+        count = op.CumSum(op.Cast(valid, to=ir.DataType.INT64), op.Constant(value_int=1))
+        if seen is not None:
+            count = op.Add(count, op.Unsqueeze(seen, op.Constant(value_ints=[1])))
+        positions = op.Max(op.Sub(count, op.Constant(value_int=1)), op.Constant(value_int=0))
+        return positions, op.Squeeze(op.Slice(count, *_span(-1, 2**62, 1)), op.Constant(value_ints=[1]))
 
     # --- fusion ---------------------------------------------------------------------------------------------------
 

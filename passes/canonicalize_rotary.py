@@ -1,0 +1,185 @@
+"""canonicalize-rotary: the rotary embedding of q and of k becomes one node each, so that they are in reach before it."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from hydrasurgery.layers import TURNS, rotate
+from hydrasurgery.passes.base import Pass, PassResult, arguments, register, source
+from hydrasurgery.regions import ATTENTION, Region
+
+aten = torch.ops.aten
+# What the second copy of x goes through before it meets the sines: its channels change places and signs.
+MOVES = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.neg.default,
+        aten.cat.default,
+        aten.stack.default,
+        aten.flatten.using_ints,
+        aten.view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.alias.default,
+    }
+)
+CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
+
+
+@register
+@dataclass(frozen=True)
+class CanonicalizeRotary(Pass):
+    """`x * cos + turn(x) * sin` becomes `rotate(x, cos, sin, turn)`, `hydrasurgery.layers.rotate`.
+
+    A turn is known by what it does and not by how it is written: its nodes are run on numbered channels, and what comes out is
+    compared with `hydrasurgery.layers.TURNS`. Where only the first channels are turned, slicing them off and putting them back
+    is part of the node. Bit-exact: the products and the sum stay as they were. Other regions stay as they are.
+    """
+
+    name: ClassVar[str] = "canonicalize-rotary"
+
+    def requires(self, region: Region) -> None:
+        self.need(region, bool(region.find(ATTENTION)), "run canonicalize-attention first: no attention node is there")
+
+    def run(self, region: Region) -> PassResult:
+        graph = region.graph
+        hidden = _behind(region)
+        sums = [n for n in graph.find_nodes(op="call_function", target=aten.add.Tensor) if n in hidden]
+        found = [match for node in sums if (match := _match(node, hidden)) is not None]
+        for end, x, cos, sin, turn in found:
+            with graph.inserting_before(end):
+                new = graph.create_node("call_function", rotate, (x, cos, sin, turn), None, "rotated")
+            new.meta.update(end.meta)
+            end.replace_all_uses_with(new)
+        graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        region.options["rotary"] = len(graph.find_nodes(op="call_function", target=rotate))
+        return PassResult(region, bool(found))
+
+
+def unrotated(x: fx.Node) -> fx.Node:
+    """x as it is without its rotary embedding; what follows the embedding (a cast, a norm) is done to the plain one.
+
+    Returns x itself if none is in it.
+    """
+    if x.target is rotate:
+        return arguments(x)[0]
+    if not rotations(x):
+        return x
+    graph, new = x.graph, {n: unrotated(n) for n in x.all_input_nodes}
+    inputs: Any = (x.args, x.kwargs)
+    args, kwargs = fx.node.map_arg(inputs, new.__getitem__)
+    with graph.inserting_before(x):
+        plain = graph.create_node(x.op, x.target, args, kwargs, f"{x.name}_plain")
+    plain.meta.update(x.meta)
+    return plain
+
+
+def rotations(x: fx.Node) -> list[fx.Node]:
+    """The `rotate` nodes that x is computed from."""
+    above, todo = {x}, [x]
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in above:
+                above.add(node)
+                todo.append(node)
+    return [n for n in above if n.target is rotate]
+
+
+def _behind(region: Region) -> set[fx.Node]:
+    """What is computed from the values of the hidden states, and not from their sizes alone."""
+    found = {source(region)}
+    for node in region.graph.nodes:
+        if node.target is not aten.sym_size.int and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _match(node: fx.Node, hidden: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, str] | None:
+    """(what takes the rotated x's place, x, cos, sin, turn) of a sum that is a rotary embedding."""
+    products = [_product(n, hidden) for n in node.args[:2] if isinstance(n, fx.Node)]
+    if len(products) != 2 or None in products or node.kwargs:
+        return None
+    (x, cos), (turned, sin) = products  # type: ignore[misc]
+    shape = x.meta.get("shape")
+    if shape is None or len(shape) != 4 or not isinstance(shape[-1], int) or shape[-1] % 2:
+        return None
+    turn = _turn(turned, x, shape[-1])
+    if turn is None or not all(_is_table(t, shape[-1]) for t in (cos, sin)):
+        return None
+    end, x = _whole(node, x, shape[-1])
+    return end, x, cos, sin, turn
+
+
+def _product(node: fx.Node, hidden: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """(factor from the hidden states, factor from positions alone) of a product."""
+    factors = [n for n in node.args if isinstance(n, fx.Node)]
+    if node.target is not aten.mul.Tensor or len(factors) != 2:
+        return None
+    ours = [n for n in factors if n in hidden]
+    return (ours[0], next(n for n in factors if n is not ours[0])) if len(ours) == 1 else None
+
+
+def _is_table(node: fx.Node, width: int) -> bool:
+    """Cosines or sines that are the same for all heads [B, H, T, D]."""
+    shape = node.meta.get("shape")
+    return shape is not None and len(shape) == 4 and shape[1] == 1 and shape[3] == width
+
+
+def _turn(node: fx.Node, x: fx.Node, width: int) -> str | None:
+    """The name in TURNS of what makes `node` from x, or None."""
+    steps: list[fx.Node] = []
+    origins, todo = _same_values(x), [node]
+    while todo:
+        step = todo.pop()
+        if step in origins or step in steps:
+            continue
+        if step.target not in MOVES | CASTS and step.target is not operator.getitem:
+            return None
+        steps.append(step)
+        todo.extend(step.all_input_nodes)
+    # Where a model is built empty the default device is meta, which holds no numbers to compare.
+    channels = torch.arange(1, width + 1, dtype=torch.float64, device="cpu").expand(1, 1, 1, width)
+    values: dict[fx.Node, Any] = dict.fromkeys(origins, channels)
+    try:
+        for step in (n for n in node.graph.nodes if n in steps):
+            inputs: Any = (step.args, step.kwargs)
+            args, kwargs = fx.node.map_arg(inputs, values.__getitem__)
+            values[step] = args[0] if step.target in CASTS else step.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError, KeyError, IndexError):  # it names sizes that numbered channels do not have
+        return None
+    result = values[node]
+    if not isinstance(result, Tensor):
+        return None
+    return next((name for name, turn in TURNS.items() if torch.equal(turn(channels), result)), None)
+
+
+def _same_values(x: fx.Node) -> set[fx.Node]:
+    """x and what it is a cast of: turning and casting change places."""
+    found = {x}
+    while x.target in CASTS:
+        x = arguments(x)[0]
+        found.add(x)
+    return found
+
+
+def _whole(node: fx.Node, x: fx.Node, width: int) -> tuple[fx.Node, fx.Node]:
+    """Where x is the first `width` channels of a tensor and the others are put back behind it: (that node, that tensor)."""
+    user = next(iter(node.users), None)
+    first = x.target is aten.slice.Tensor and x.args[1:] in ((3, 0, width), (-1, 0, width))
+    if not (first or x.target is aten.alias.default) or user is None or len(node.users) != 1:
+        return node, x
+    whole, pieces = arguments(x)[0], arguments(user)[0]
+    if user.target is not aten.cat.default or user.args[1:] not in ((-1,), (3,)) or len(pieces) != 2:
+        return node, x
+    rest = pieces[1]
+    others = rest.target is aten.slice.Tensor and rest.args[0] is whole and rest.args[1:3] in ((3, width), (-1, width))
+    if pieces[0] is not node or not others or user.meta.get("shape") != whole.meta.get("shape"):
+        return node, x
+    return user, whole
