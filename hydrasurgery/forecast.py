@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hydrasurgery.plan import FULL, LayerPlan, layer_shape
+from hydrasurgery.options import TAPS
+from hydrasurgery.plan import FULL, LayerPlan, Plan, layer_shape
 
 CHUNK = 64  # tokens that the chunked linear kernels take at once
 
@@ -56,7 +57,9 @@ class Forecast:
         )
 
 
-def forecast(plan: Any, *, length: int, batch: int = 1, bytes_per_element: int = 2, conv_width: int = 4) -> Forecast:
+def forecast(
+    plan: Any, *, length: int, batch: int = 1, bytes_per_element: int = 2, conv_width: int | None = None
+) -> Forecast:
     """Count the cache bytes and prefill FLOPs of a plan (or of regions with `kinds`) and of its teacher.
 
     Per layer, with T = `length`, w its window, K and V the widths of a head:
@@ -72,12 +75,14 @@ def forecast(plan: Any, *, length: int, batch: int = 1, bytes_per_element: int =
     Args:
         plan: A Plan, or an iterable of regions.
         length: Tokens in the cache, and of the prefill.
-        conv_width: Taps of the short convolution on q, k and v; 0 where there is none.
+        conv_width: Taps of the short convolution on q, k and v, 0 where there is none; None takes those of the plan's layer.
     """
     layers = [
         layer if isinstance(layer, LayerPlan) else replace(layer_shape(layer), kinds=tuple(layer.kinds))
         for layer in getattr(plan, "layers", plan)
     ]
+    if conv_width is None:
+        conv_width = 0 if isinstance(plan, Plan) and plan.layer.conv == "none" else TAPS
     costs = [_layer(layer, length, bytes_per_element, conv_width) for layer in layers]
     totals = [batch * sum(column) for column in zip(*costs, strict=True)]
     return Forecast(length, batch, *totals)

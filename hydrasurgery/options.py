@@ -8,6 +8,7 @@ from typing import Any
 
 from hydrasurgery.errors import PlanError
 
+TAPS = 4  # of the short convolution
 CHOICES = {
     "rule": ("linear", "gated", "delta", "gated_delta"),
     "full_norm": ("exact", "paper"),

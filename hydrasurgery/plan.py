@@ -158,15 +158,13 @@ class Plan:
                 model=ModelInfo(**value["model"]),
                 versions=dict(value["versions"]),
                 notes=tuple(value["notes"]),
-                layer=LayerOptions(**value.get("layer", {})),
+                layer=_options_from_dict(value.get("layer", {}), source),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
                 f"{source}: a field of the plan is missing or of the wrong type ({type(error).__name__}: {error}). "
                 "Compare it with a file written by Plan.save, or make the plan again with plan_heads."
             ) from error
-        except PlanError as error:
-            raise PlanError(f"{source}: {error}") from error
         plan._check_itself(source)
         return plan
 
@@ -627,6 +625,13 @@ def _layer_from_dict(value: dict[str, Any], source: str) -> LayerPlan:
         value_dim=int(value["value_dim"]),
         window=None if value["window"] is None else int(value["window"]),
     )
+
+
+def _options_from_dict(value: dict[str, Any], source: str) -> LayerOptions:
+    try:
+        return LayerOptions(**value)
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}") from error
 
 
 def _check_layer(layer: LayerPlan, region: Any, made_for: str) -> None:

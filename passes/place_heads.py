@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from hydrasurgery.layers import scale_by_length
+from hydrasurgery.layers import LOG_LENGTH, scale_by_length
 from hydrasurgery.passes.base import Pass, PassResult, arguments, register, token_flags
 from hydrasurgery.passes.canonicalize_rotary import rotations, unrotated
 from hydrasurgery.regions import ATTENTION, Region
@@ -24,7 +24,7 @@ class PlaceHeads(Pass):
 
     p counts a document's tokens before the query, padding left out, and goes on through a cache (`ops.token_positions`).
 
-    Options: `full_rope`, `linear_rope` (whether that kind keeps its rotary embedding), `log_length` (the scale).
+    Options: `full_rope`, `linear_rope` (whether that kind keeps its rotary embedding), `log_length` (the scale), `a` of its logarithms.
     """
 
     name: ClassVar[str] = "place-heads"
@@ -32,6 +32,7 @@ class PlaceHeads(Pass):
     full_rope: bool = True
     linear_rope: bool = True
     log_length: bool = False
+    a: float = LOG_LENGTH
 
     def requires(self, region: Region) -> None:
         drops = not (self.full_rope and self.linear_rope)
@@ -45,7 +46,7 @@ class PlaceHeads(Pass):
             if not (self.full_rope if node.meta["kind"] == "full" else self.linear_rope):
                 _drop_rotary(node)
             if self.log_length and node.meta["kind"] == "full":
-                _scale(region, node)
+                _scale(region, node, self.a)
         region.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
         return PassResult(region, str(region.graph) != before)
 
@@ -64,12 +65,12 @@ def _drop_rotary(attention: fx.Node) -> None:
         attention.update_arg(place, plain)
 
 
-def _scale(region: Region, attention: fx.Node) -> None:
+def _scale(region: Region, attention: fx.Node, a: float) -> None:
     graph, (q, _, _, *rest) = region.graph, arguments(attention)
     valid, reset = token_flags(region, rest[0] if rest else None)
     with graph.inserting_before(attention):
         counted = graph.create_node("call_function", POSITIONS, (valid, reset, None), None, "counted")
         counted.meta["state"] = "seen"
         positions = graph.create_node("call_function", operator.getitem, (counted, 0), None, "positions")
-        scaled = graph.create_node("call_function", scale_by_length, (q, positions), None, f"{q.name}_scaled")
+        scaled = graph.create_node("call_function", scale_by_length, (q, positions, a), None, f"{q.name}_scaled")
     attention.update_arg(0, scaled)

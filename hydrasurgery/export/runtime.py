@@ -12,7 +12,7 @@ import numpy as np
 from hydrasurgery.errors import ExportError
 
 PAST, PRESENT = "past_key_values.", "present."
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+DTYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxDecoder:
