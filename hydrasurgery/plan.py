@@ -313,8 +313,8 @@ def plan_heads(
     forced = _named_units("keep", keep := tuple(sorted(set(keep))), shapes, groups)
     banned = _named_units("never", never := tuple(sorted(set(never))), shapes, groups)
     if forced & banned:
-        layer, u = min(forced & banned)
-        raise PlanError(f"keep and never both name {unit} {u} of {shapes[layer].name}; leave it out of one of them.")
+        index, u = min(forced & banned)
+        raise PlanError(f"keep and never both name {unit} {u} of {shapes[index].name}; leave it out of one of them.")
     floor = min_full_per_layer if strategy in ("constrained", "random", *EVEN) else 0
     for index, (shape, members) in enumerate(zip(shapes, groups, strict=True)):
         left = len(members) - sum(1 for layer, _ in banned if layer == index)

@@ -35,7 +35,9 @@ class FuseHeads(Pass):
         self.need(
             region, self.full_norm in ("exact", "paper"), f'full_norm is {self.full_norm!r}, not "exact" or "paper"'
         )
-        self.need(region, self.gate or not self.full_gate, "full_gate is set and gate is not: one gate serves all heads")
+        self.need(
+            region, self.gate or not self.full_gate, "full_gate is set and gate is not: one gate serves all heads"
+        )
 
     def run(self, region: Region) -> PassResult:
         region.options["full_norm"] = self.full_norm

@@ -12,7 +12,16 @@ from torch.nn.functional import silu
 
 from hydrasurgery import ops
 from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, rotate_tokens, to_heads, to_tokens
-from hydrasurgery.passes.base import Pass, PassResult, arguments, hidden_size, new_parameters, register, source, token_flags
+from hydrasurgery.passes.base import (
+    Pass,
+    PassResult,
+    arguments,
+    hidden_size,
+    new_parameters,
+    register,
+    source,
+    token_flags,
+)
 from hydrasurgery.passes.canonicalize_rotary import rotations, unrotated
 from hydrasurgery.regions import ATTENTION, Region
 
@@ -51,8 +60,7 @@ class LinearizeHeads(Pass):
             return PassResult(region, False)
         graph, hidden, heads = region.graph, source(region), len(region.linear_heads)
         width = hidden_size(region)
-        q, k, v = node.args[:3]
-        mask = node.args[3] if len(node.args) > 3 else None
+        q, k, v, mask = (*arguments(node), None)[:4]
         with graph.inserting_before(node):
 
             def call(function: Any, *args: Any, name: str | None = None) -> fx.Node:

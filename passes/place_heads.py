@@ -24,7 +24,7 @@ class PlaceHeads(Pass):
 
     p counts a document's tokens before the query, padding left out, and goes on through a cache (`ops.token_positions`).
 
-    Options: `full_rope`, `linear_rope` (whether that kind keeps its rotary embedding), `log_length` (the scale), `a` of its logarithms.
+    Options: `full_rope`, `linear_rope` (whether that kind keeps its rotary embedding), `log_length` (whether to scale), `a`.
     """
 
     name: ClassVar[str] = "place-heads"

@@ -55,7 +55,9 @@ def by_token(hybrid: Any, mask: torch.Tensor, first: int) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kinds", [("full", "linear", "linear", "full"), ("linear",) * 4])
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize(
+    "options",
+    [
         {},
         {"conv": "none"},
         {"gate": False},

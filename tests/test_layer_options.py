@@ -21,21 +21,17 @@ from hydrasurgery.layers import TURNS, rotate, scale_by_length
 from hydrasurgery.passes import run_pipeline
 from hydrasurgery.regions import stitch
 from hydrasurgery.rewrite import hybrid_pipeline, share_copy
-from tests.families import FAMILIES, PlainDecoder, same, tiny
 from tests import test_families
-from tests.test_families import (  # collected here too: the properties of hybrids, now of those that `hybrid` below makes
-    IDS,
-    half_plan,
-    stir,
-    test_cached_equals_full,
-    test_gradients_reach_every_new_parameter,
-    test_left_padding_changes_nothing,
-    test_no_future_token_matters,
-    test_packed_documents_do_not_see_each_other,
-    test_saved_copied_and_pickled_hybrids_are_bit_equal,
-)
+from tests.families import FAMILIES, PlainDecoder, same, tiny
+from tests.test_families import IDS, half_plan, stir
 
-__all__ = [name for name in dir() if name.startswith("test_")]
+# The properties of hybrids, collected here too: now of those that `hybrid` below makes.
+test_cached_equals_full = test_families.test_cached_equals_full
+test_gradients_reach_every_new_parameter = test_families.test_gradients_reach_every_new_parameter
+test_left_padding_changes_nothing = test_families.test_left_padding_changes_nothing
+test_no_future_token_matters = test_families.test_no_future_token_matters
+test_packed_documents_do_not_see_each_other = test_families.test_packed_documents_do_not_see_each_other
+test_saved_copied_and_pickled_hybrids_are_bit_equal = test_families.test_saved_copied_and_pickled_hybrids_are_bit_equal
 
 ROTARY = [family for family in FAMILIES if family not in ("gpt2", "opt")]
 FORMS = "llama olmo2 phi phi3 gpt_neox cohere glm4 helium hunyuan_v1_dense nanochat ernie4_5 persimmon".split()
@@ -82,8 +78,8 @@ def test_rotary_embeddings_become_one_node_each_bit_for_bit(family: str) -> None
     for region in hs.regions(canonical):
         assert len(region.find(rotate)) == region.options["rotary"] == (2 if family in ROTARY else 0)
         assert not region.find(torch.ops.aten.neg.default)
-    for given in (None, mask):
-        wanted, got = (m(IDS, attention_mask=given, use_cache=False).logits for m in (model, canonical))
+    for padding in (None, mask):
+        wanted, got = (m(IDS, attention_mask=padding, use_cache=False).logits for m in (model, canonical))
         assert same(got, wanted)
 
 
