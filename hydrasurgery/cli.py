@@ -68,12 +68,14 @@ def inspect(model: Model) -> None:
     from rich.table import Table
 
     from hydrasurgery.regions import capture, region_modules
-    from hydrasurgery.rewrite import share_copy
+    from hydrasurgery.rewrite import hybrid_pipeline, share_copy
 
     decoder = load_model(model)
     surgery = getattr(decoder.config, "quantization_config", None)
     if region_modules(decoder) and surgery is not None:
-        typer.echo(f"{type(decoder).__name__}, a hybrid already\n\n{Plan.from_dict(surgery.plan, model)}")
+        made = Plan.from_dict(surgery.plan, model)
+        own = "" if surgery.pipeline == hybrid_pipeline(made.layer) else f"\npasses {surgery.pipeline}"
+        typer.echo(f"{type(decoder).__name__}, a hybrid already\n\n{made}{own}")
         return
     regions = capture(share_copy(decoder))
     table = Table(title=f"{type(decoder).__name__}: {len(regions)} attention layers")
@@ -82,7 +84,7 @@ def inspect(model: Model) -> None:
     verdicts = []
     for number, region in enumerate(regions):
         shape = [number, region.name, region.num_heads, region.num_key_value_heads, region.head_dim]
-        variant = ", ".join(_variant(decoder, region)) or "plain"
+        variant = ", ".join(_variant(region)) or "plain"
         verdicts.append(_verdict(region))
         table.add_row(*map(str, shape), variant, verdicts[-1] or "supported")
     _console(Console).print(table)
@@ -465,10 +467,12 @@ def main() -> None:
 # --- what the commands share ------------------------------------------------------------------------------------------
 
 
-def _variant(model: nn.Module, region: Region) -> Iterator[str]:
-    """Words for what is special about a region's attention."""
+def _variant(region: Region) -> Iterator[str]:
+    """Words for what is special about a region's attention; "rope" where it is recognised, so that heads can do without."""
+    from hydrasurgery.passes import run_pipeline
+
     children = dict(region.module.named_children())
-    if any(name.endswith(("rotary_emb", "rotary_pos_emb")) for name, _ in model.named_modules()):
+    if run_pipeline([region], "analyze")[0].options["rotary"]:
         yield "rope"
     if {"q_norm", "k_norm"} <= children.keys():
         yield "qk-norm"

@@ -84,6 +84,19 @@ def test_inspect_gives_the_reason_for_an_unsupported_model(tmp_path):
     assert "ALiBi" in fail("inspect", tmp_path / "bloom")
 
 
+def test_layer_options_go_from_plan_to_hybrid_and_can_be_changed(work, tmp_path):
+    common = ("--model", work / "teacher", "--strategy", "random", "--ratio", "1:1", "--out", tmp_path / "plan.json")
+    assert "layer hydrahead,conv=none" in succeed("plan", *common, "--layer", "hydrahead,conv=none")
+    for layer, shown in ((None, "hydrahead,conv=none"), ("untie=true", "default,untie=true")):
+        given = () if layer is None else ("--layer", layer)
+        out = tmp_path / f"hybrid-{layer}"
+        succeed("rewrite", work / "teacher", "--plan", tmp_path / "plan.json", "--out", out, *given)
+        text = succeed("inspect", out)
+        assert f"layer {shown}\n" in text
+        assert "passes" not in text
+    assert "conv='x' is not one of residual, native, none" in fail("plan", *common, "--layer", "conv=x")
+
+
 def test_plan_file_is_what_the_library_makes(work):
     plan = Plan.load(work / "plan.json")
     wanted = plan_heads(load_model(work / "teacher"), strategy="random", ratio="1:1", keep=[(1, 2)])

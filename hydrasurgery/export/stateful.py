@@ -31,7 +31,8 @@ class Slot:
 
     Attributes:
         layer: the number of the attention layer.
-        kind: "key" or "value" [B, kept KV heads, P, D], "recurrent" [B, H, K, V] fp32, or a convolution's name [B, C, W-1].
+        kind: "key" or "value" [B, kept KV heads, P, D], "recurrent" [B, H, K, V] fp32, "seen" [B] int64, or a convolution's name
+            [B, C, W-1].
         shape: the example's shape; the batch comes first.
         dtype: of the tensor.
     """
