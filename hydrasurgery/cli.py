@@ -17,7 +17,7 @@ from hydrasurgery.loading import load_model, load_tokenizer, share_parameters
 from hydrasurgery.plan import Plan, plan_heads
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from hydrasurgery.regions import Region
 
