@@ -796,7 +796,8 @@ def restore(model: nn.Module) -> nn.Module:
 def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str, nn.Identity]]:
     """For the time of the block every attention module has an `nn.Identity` on its heads' outputs [B, T, H, D].
 
-    Forward hooks on these Identities read the outputs or, by returning a tensor, replace them.
+    Forward hooks on these Identities read the outputs or, by returning a tensor, replace them; one of a batch of 1 may return
+    more rows, whose residual broadcasts.
     """
     originals: dict[str, nn.Module] = {}
     stitched = region_modules(model)
@@ -811,6 +812,7 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
             tap = region.graph.call_module("hydra.tap", (node,))
         for user in [u for u in node.users if u is not tap]:
             user.replace_input_with(node, tap)
+        _follow_batch(region, tap)
         originals[region.name] = model.get_submodule(region.name)
     try:
         with using_hydra_attention(model):
@@ -819,6 +821,16 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
     finally:
         for name, original in originals.items():
             replace_module(model, name, original)
+
+
+def _follow_batch(region: Region, tap: fx.Node) -> None:
+    """Behind the tap the batch is the tap's own, not that of the hidden states."""
+    order = {node: place for place, node in enumerate(region.graph.nodes)}
+    for size in region.find(torch.ops.aten.sym_size.int):
+        if size.args[1] == 0:
+            with region.graph.inserting_after(tap):
+                own = region.graph.call_function(torch.ops.aten.sym_size.int, (tap, 0))
+            size.replace_all_uses_with(own, delete_user_cb=lambda user: order.get(user, -1) > order[tap])
 
 
 __all__ = [

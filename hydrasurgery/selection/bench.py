@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -107,10 +109,8 @@ class Bench:
 
     @cached_property
     def grows(self) -> bool:
-        """Whether a batch may grow at a later layer: tried on the last one, and the logits compared."""
+        """Whether a batch may grow behind a layer's heads: tried on the last one, and the logits compared."""
         last = list(self.taps)[-1]
-        if not _block(self.model, last):
-            return False
         run = self._observe(self.pairs[:1], whole=True)[0]
         try:
             logits = self.replay(run, 2, lambda _name, output: output, first=last)
@@ -183,22 +183,24 @@ class Bench:
         """
         heads = self.heads(run) if heads is None else heads
         size = self.rows if len(run.positions) == len(run.asked) else min(self.rows, self.batch_size)
-        for start in range(0, len(heads), size):
-            batch = heads[start : start + size]
-            first = batch[0][0] if live and self.grows else None
+        grows = live and self.grows
+        # A batch that grows at a changed layer holds that layer's heads alone.
+        groups = [list(group) for _, group in groupby(heads, key=itemgetter(0))] if grows else [heads]
+        for batch in (group[start : start + size] for group in groups for start in range(0, len(group), size)):
+            first = batch[0][0] if grows else None
             yield batch, self.replay(run, 1 + len(batch), changed(run, batch, change, live=live), first=first)
 
     def replay(self, run: Run, count: int, edit: Edit, *, first: str | None = None) -> Tensor:
         """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`.
 
-        With `first`, the layers in front of that one, which the copies have in common, are run once.
+        With `first`, what comes before that layer's head outputs, which the copies have in common, is run once.
         """
         with ExitStack() as stack:
-            if first is not None:
-                grow = self.model.get_submodule(_block(self.model, first))
-                stack.callback(grow.register_forward_pre_hook(_copies(count), with_kwargs=True).remove)
             for name, tap in self.taps.items():
-                hook = lambda _tap, _args, output, name=name: edit(name, output)  # noqa: E731
+
+                def hook(_tap: nn.Module, _args: object, output: Tensor, name: str = name) -> Tensor:
+                    return edit(name, output.repeat(count, 1, 1, 1) if name == first else output)
+
                 stack.callback(tap.register_forward_hook(hook).remove)
             if run.past:
                 stack.enter_context(BehindPast(run.past))
@@ -355,28 +357,6 @@ def divergence(logits: Tensor, _pair: Pair) -> Tensor:
     """KL(row 0 || row r) in nats, the mean over the answer's positions: logits [1 + N, A, V] -> [N]."""
     own = logits.float().log_softmax(-1)
     return (own[:1].exp() * (own[:1] - own[1:])).sum(-1).mean(-1)
-
-
-def _block(model: nn.Module, layer: str) -> str:
-    """The path of the decoder layer that holds an attention module: the first item of a list on its way; or ""."""
-    steps = layer.split(".")
-    for depth in range(1, len(steps)):
-        if isinstance(model.get_submodule(".".join(steps[:depth])), nn.ModuleList):
-            return ".".join(steps[: depth + 1])
-    return ""
-
-
-def _copies(count: int) -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
-    """A pre-hook that gives a decoder layer `count` copies of its hidden states [1, T, C]; the rest broadcasts."""
-
-    def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple:  # type: ignore[type-arg]
-        if args and isinstance(args[0], Tensor):
-            return (args[0].expand(count, -1, -1), *args[1:]), kwargs
-        states = kwargs["hidden_states"]
-        assert isinstance(states, Tensor)
-        return args, {**kwargs, "hidden_states": states.expand(count, -1, -1)}
-
-    return hook
 
 
 def top_heads(values: Mapping[str, Tensor], share: float) -> list[Head]:
