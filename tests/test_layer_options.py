@@ -311,6 +311,9 @@ def test_a_plan_keeps_its_layer_and_a_rewrite_may_change_it(tmp_path: Path) -> N
         kept = hs.Plan.from_dict(loaded.config.quantization_config.plan)
         assert kept.layer == hs.LayerOptions.of(layer or "hydrahead")
         assert [str(r.graph) for r in hs.regions(loaded)] == [str(r.graph) for r in hs.regions(hybrid)]
+        with torch.no_grad():
+            wanted = model(IDS, use_cache=False).logits
+            assert torch.equal(hs.restore(hybrid)(IDS, use_cache=False).logits, wanted)
 
 
 # --- exports ----------------------------------------------------------------------------------------------------------
