@@ -55,7 +55,7 @@ TABLE = [
     ("linear_attention", case(FORWARD, FP32, (("K", 64), ("V", 256)), "gated_delta"), HOPPER, "triton"),
     ("linear_attention", case(FORWARD, BF16, (("K", 256), ("V", 256)), "gated_delta"), AMPERE, "triton, wide"),
     ("linear_attention", case(BACKWARD, FP32, (("K", 256), ("V", 256)), "gated_delta"), HOPPER, "reference"),
-    ("linear_attention", case(FORWARD, BF16, (("K", 96), ("V", 96)), "gated_delta"), AMPERE, "fla"),
+    ("linear_attention", case(FORWARD, BF16, (("K", 96), ("V", 96)), "gated_delta"), AMPERE, "triton"),
     ("causal_conv", case(FORWARD, BF16, (("W", 4),), "state", "reset"), HOPPER, "triton"),
     ("causal_conv", case(BACKWARD, FP64, (("W", 4),)), HOPPER, "reference"),
     ("causal_conv", case(FORWARD, BF16, (("W", 4),)), BARE, "reference"),
