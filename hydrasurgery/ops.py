@@ -336,15 +336,18 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
-def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def token_flags(
+    mask: Tensor | None, hidden_states: Tensor, first_key: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
     """What a complete attention mask says of each token: is it one (not padding), and does a document start with it?
 
-    With T queries aligned to the last of S keys, token t is key S - T + t. `valid[t]`: t may attend to itself.
+    Token t is key `first_key + t`. `valid[t]`: t may attend to itself.
     `reset[t]`: t is valid and may not attend to the key before it (False if there is none). The mask's first head is read.
 
     Args:
         mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (-1e4 or less = may not), or None.
         hidden_states: [B, T, ...]; only its shape and device are used.
+        first_key: which of the S keys the first token is, a number or a tensor [1] or []; S - T if None.
 
     Returns:
         (valid [B, T], reset [B, T]), bool; all True and all False without a mask.
@@ -354,7 +357,8 @@ def token_flags(mask: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Ten
         flags = hidden_states.new_ones((batch, length), dtype=torch.bool)
         return flags, ~flags
     first = mask[:, 0]
-    own = torch.arange(first.shape[1], device=mask.device) + (first.shape[2] - first.shape[1])
+    start = first.shape[2] - first.shape[1] if first_key is None else first_key
+    own = torch.arange(first.shape[1], device=mask.device) + start
     # Gathered and not sliced along a diagonal: that would need slices of T - 1, and an exported graph would exclude T = 2.
     columns = torch.stack([own, (own - 1).clamp(min=0)], dim=-1).expand(first.shape[0], -1, -1)
     valid, follows = _may_attend(first.gather(2, columns)).unbind(-1)

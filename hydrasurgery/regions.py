@@ -262,8 +262,9 @@ class RegionModule(nn.Module):
 
     @staticmethod
     def _continues(state: Any, hidden_states: Tensor) -> bool:
-        """Whether this is one token after others, in plain inference. A traced graph must serve any number of tokens."""
-        if state is None or not state.states or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Whether this is one token after others, in plain inference. An exported graph must serve any number of tokens, while
+        torch.compile makes a graph of its own for one token."""
+        if state is None or not state.states or torch.is_grad_enabled() or _exporting():
             return False
         return hidden_states.shape[1] == 1
 
@@ -283,6 +284,11 @@ class RegionModule(nn.Module):
 
     def extra_repr(self) -> str:
         return "".join("F" if kind == "full" else "l" for kind in self.kinds)
+
+
+def _exporting() -> bool:
+    compiler = torch.compiler
+    return compiler.is_exporting() or (compiler.is_compiling() and not compiler.is_dynamo_compiling())
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:

@@ -9,15 +9,20 @@ from torch import Tensor
 from hydrasurgery import ops
 
 
-def extend_kv(state: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Append new keys and values [B, kept KV heads, T, D]; returns all of them [B, kept KV heads, S, D]."""
-    return (key, value) if state is None else state.update(key, value)
+def extend_kv(state: Any, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Append new keys and values [B, kept KV heads, T, D]; returns those that the columns of `mask` stand for, S of each."""
+    return (key, value) if state is None else state.extend(key, value, mask)
+
+
+def first_key(state: Any) -> Tensor | int | None:
+    """The mask's column that stands for the call's first token, before any is added; None: the last T are the call's."""
+    return None if state is None else state.first_key()
 
 
 def count_tokens(state: Any, hidden_states: Tensor) -> None:
     """Tell a layer that keeps no KV head how many tokens went by (hidden_states [B, T, C])."""
     if state is not None:
-        state.advance(hidden_states.shape[1])
+        state.advance(hidden_states.shape[1], hidden_states.device)
 
 
 def step_linear(
@@ -44,7 +49,8 @@ def step_linear(
     weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
     names = ("q_conv", "k_conv", "v_conv")[: len(weights)]
     for name in (*names, "recurrent"):
-        state.states[name] = state.states[name].contiguous()
+        if not state.states[name].is_contiguous():
+            state.write(name, state.states[name].contiguous())
     pasts = [state.states[name] for name in names]
     for past in pasts:
         past.masked_fill_(reset[..., None], 0)
@@ -73,4 +79,4 @@ def read_state(state: Any, name: str) -> Tensor | None:
 def write_state(state: Any, name: str, value: Tensor) -> None:
     """Keep `value` as the state called `name`."""
     if state is not None:
-        state.states[name] = value
+        state.write(name, value)

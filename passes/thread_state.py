@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
-from hydrasurgery.passes.base import Pass, PassResult, register, source
+from hydrasurgery.ops import token_flags
+from hydrasurgery.passes.base import Pass, PassResult, arguments, register, source
 from hydrasurgery.passes.linearize_heads import CONV, LINEAR
 from hydrasurgery.passes.place_heads import POSITIONS
 from hydrasurgery.regions import ATTENTION, Region
-from hydrasurgery.state import count_tokens, extend_kv, read_state, write_state
+from hydrasurgery.state import count_tokens, extend_kv, first_key, read_state, write_state
 
 STATE_ARGUMENT = {CONV: 2, LINEAR: 5, POSITIONS: 2}
 
@@ -40,10 +41,13 @@ class ThreadState(Pass):
         with graph.inserting_after(last_input):
             state = graph.placeholder("state")
         if region.full_heads:
-            self._extend(graph, state)
+            self._extend(region, state)
         else:
             with graph.inserting_after(state):
                 graph.call_function(count_tokens, (state, hidden))
+        for node in region.find(token_flags):
+            with graph.inserting_after(state):  # before anything is counted
+                node.args = (*node.args, graph.call_function(first_key, (state,)))
         for node in [n for n in graph.nodes if n.meta.get("state")]:
             name = node.meta["state"]
             with graph.inserting_before(node):
@@ -56,13 +60,15 @@ class ThreadState(Pass):
         return PassResult(region, True)
 
     @staticmethod
-    def _extend(graph: fx.Graph, state: fx.Node) -> None:
+    def _extend(region: Region, state: fx.Node) -> None:
+        graph = region.graph
         keys = next(n for n in graph.nodes if n.meta.get("role") == "kept-keys")
         values = next(n for n in graph.nodes if n.meta.get("role") == "kept-values")
+        mask = (arguments(region.find(ATTENTION)[0]) + (None,))[3]
         order = {n: i for i, n in enumerate(graph.nodes)}
-        later = max(keys, values, key=order.__getitem__)
+        later = max((n for n in (keys, values, mask) if isinstance(n, fx.Node)), key=order.__getitem__)
         with graph.inserting_after(later):
-            pair = graph.create_node("call_function", extend_kv, (state, keys, values), None, "kv")
+            pair = graph.create_node("call_function", extend_kv, (state, keys, values, mask), None, "kv")
         with graph.inserting_after(pair):
             all_values = graph.create_node("call_function", operator.getitem, (pair, 1), None, "v_all")
         with graph.inserting_after(pair):
@@ -73,3 +79,12 @@ class ThreadState(Pass):
 
     def ensures(self, region: Region) -> None:
         self.promise(region, self._threaded(region), "the graph has no state input")
+        if region.full_heads:
+            attention = region.find(ATTENTION)[0]
+            read = [_reads(x, extend_kv) for x in arguments(attention)[1:3]]
+            self.promise(region, all(read), "softmax attention does not read the keys and values of the state")
+
+
+def _reads(node: fx.Node, function: Any) -> bool:
+    """Whether the node is computed from a call of `function`."""
+    return node.target is function or any(_reads(n, function) for n in node.all_input_nodes)

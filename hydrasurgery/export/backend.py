@@ -34,24 +34,37 @@ def hydra(
     Args:
         graph: what dynamo captured.
         example_inputs: its inputs, with free sizes.
-        mode: torch.compile's, handed on to Inductor.
-        options: "pipeline" (names of graph rewrites, separated by commas; by default all), "inner" (the backend that the graph is
-            handed on to, by default "inductor"); the others are handed on with it.
+        mode: as "mode" in `options`; torch.compile takes the one or the other.
+        options: "pipeline" (names of graph rewrites, separated by commas; by default all), "mode" (one of Inductor's:
+            "reduce-overhead" for CUDA graphs, "max-autotune", ...), "inner" (the backend that the graph is handed on to, by default
+            "inductor"); the others are Inductor's, or those of the inner backend.
 
     Raises:
         PipelineError: the pipeline names an unknown rewrite.
     """
-    from torch._dynamo.backends.registry import lookup_backend
-
     rest = dict(options or {})
     pipeline, inner = rest.pop("pipeline", PIPELINE), rest.pop("inner", "inductor")
+    mode = rest.pop("mode", mode)
     for name in filter(None, (part.strip() for part in pipeline.split(","))):
         if name not in REWRITES:
             raise PipelineError(f"no graph rewrite is called {name!r}; known: {', '.join(REWRITES)}")
         REWRITES[name](graph)
     graph.recompile()
-    given = {key: value for key, value in (("mode", mode), ("options", rest)) if value}
-    return lookup_backend(inner)(graph, list(example_inputs), **given)
+    return _hand_on(graph, list(example_inputs), inner, mode, rest)
+
+
+def _hand_on(
+    graph: fx.GraphModule, inputs: list[Any], inner: str, mode: str | None, options: dict[str, Any]
+) -> Callable[..., Any]:
+    if inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, config_patches={**(list_mode_options(mode) if mode else {}), **options})
+    from torch._dynamo.backends.registry import lookup_backend
+
+    given = {key: value for key, value in (("mode", mode), ("options", options)) if value}
+    return lookup_backend(inner)(graph, inputs, **given)
 
 
 def drop_causal_masks(graph: fx.GraphModule) -> int:
@@ -73,7 +86,9 @@ def drop_causal_masks(graph: fx.GraphModule) -> int:
                 node.update_kwarg("causal", True)
                 node.update_kwarg("window", None)
                 changed += 1
-    graph.graph.eliminate_dead_code()
+    # Only what made those masks: fx takes a method that writes in place for dead if nothing reads what it returns.
+    unread = {n for mask, causal in known.items() if causal for n in _ancestors(mask)}
+    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node not in unread)
     return changed
 
 

@@ -1,21 +1,24 @@
 """Cache layers of a hybrid: the kept KV heads, the convolutions' last inputs, and the recurrent states.
 
-They take the place of the ordinary layers inside a Hugging Face `DynamicCache` the first time a region meets it.
+They take the place of the ordinary layers inside a Hugging Face `DynamicCache` or `StaticCache` the first time a region meets
+it. transformers has layers for models that are hybrids by design; those hold one convolution a layer and know it by number, where
+a region has up to three, or none, and names them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from hydrasurgery.errors import UnsupportedModelError
 
 
-class _States:
-    """What both hybrid layers add to transformers' layers: named states beside the keys and values."""
+class States:
+    """What every hybrid layer adds to transformers' layers: named states beside the keys and values."""
 
     is_compileable = False
     is_croppable = False
@@ -26,7 +29,19 @@ class _States:
     def _begin(self) -> None:
         self.states, self.tokens = {}, 0
 
-    def advance(self, count: int) -> None:
+    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, kept KV heads, T, D]; returns those that the columns of `mask` stand for."""
+        return self.update(key, value)  # type: ignore[attr-defined]
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Keep `value` as the state called `name`."""
+        self.states[name] = value
+
+    def first_key(self) -> Tensor | int | None:
+        """The mask's column that stands for the next token; None: the tokens of a call stand on the last columns."""
+        return None
+
+    def advance(self, count: int, device: torch.device | None = None) -> None:
         """Count tokens that no kept KV head counts."""
         self.tokens += count
 
@@ -42,7 +57,7 @@ class _States:
             )
 
 
-class HybridLayer(_States, DynamicLayer):
+class HybridLayer(States, DynamicLayer):
     """Kept KV heads of growing length, and states of constant size."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -82,7 +97,7 @@ class HybridSlidingLayer(HybridLayer, DynamicSlidingWindowLayer):
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, device: torch.device | None = None) -> None:
         self.cumulative_length += count
 
     def reset(self) -> None:
@@ -90,11 +105,93 @@ class HybridSlidingLayer(HybridLayer, DynamicSlidingWindowLayer):
         super().reset()
 
 
-def layer_state(cache: Any, module: nn.Module) -> HybridLayer | None:
+class HybridStaticLayer(States, StaticLayer):
+    """Kept KV heads in a buffer of fixed size, and states, all written in place: tensors keep their addresses for ever.
+
+    The buffers are made by the first call, which should not be compiled. `reset` empties them in place.
+    """
+
+    is_compileable = True
+    supports_early_init = False  # transformers would make the buffers for the config's number of KV heads
+
+    def __init__(self, max_cache_len: int) -> None:
+        StaticLayer.__init__(self, max_cache_len)
+        self._begin()
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.placed = False
+
+    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        self._place(key.device)
+        held = self.update(key, value)
+        # transformers leaves the mask out for the first tokens alone: they see no further than themselves.
+        return (key, value) if mask is None else held
+
+    def write(self, name: str, value: Tensor) -> None:
+        if name not in self.states:
+            self.states[name] = _fixed(torch.zeros_like(value, memory_format=torch.contiguous_format))
+        self.states[name].copy_(value)
+
+    def first_key(self) -> Tensor | int | None:
+        return self.cumulative_length.clone() if self.placed else 0
+
+    def advance(self, count: int, device: torch.device | None = None) -> None:
+        self._place(device)
+        self.cumulative_length.add_(count)
+
+    def _place(self, device: torch.device | None) -> None:
+        """The counter on the device of what it counts."""
+        if not self.placed:
+            self.cumulative_length, self.placed = _fixed(self.cumulative_length.to(device)), True
+
+    def get_seq_length(self) -> Any:
+        return self.cumulative_length if self.placed else 0
+
+    def reset(self) -> None:
+        super().reset()
+        for state in self.states.values():
+            state.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        kept = [self.keys, self.values] if self.is_initialized else []
+        for x in (*kept, *self.states.values()):
+            x.copy_(x.index_select(0, beam_idx.to(x.device)))  # type: ignore[union-attr]
+
+
+class HybridStaticSlidingLayer(HybridStaticLayer, StaticSlidingWindowLayer):
+    """The same with kept KV heads that see a sliding window, whose buffer is no longer than that.
+
+    As in transformers, how many tokens there are is a number too, for the mask's size depends on it.
+    """
+
+    def __init__(self, window: int) -> None:
+        StaticSlidingWindowLayer.__init__(self, max_cache_len=window, sliding_window=window)
+        self._begin()
+
+    def first_key(self) -> Tensor | int | None:
+        return self.max_cache_len - 1 if self.cumulative_length_int >= self.max_cache_len else super().first_key()
+
+    def advance(self, count: int, device: torch.device | None = None) -> None:
+        super().advance(count, device)
+        self.cumulative_length_int += count
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length_int
+
+
+def _fixed(x: Tensor) -> Tensor:
+    """x, whose address compiled code may rely on."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+    return x
+
+
+def layer_state(cache: Any, module: nn.Module) -> States | None:
     """The cache layer of a region's module in `cache`, put in place on first use; None without a cache.
 
     Raises:
-        UnsupportedModelError: for a static cache, or one that already holds tokens of another model.
+        UnsupportedModelError: for a cache that holds tokens of another model, or states that a hybrid cannot replace.
     """
     if cache is None:
         return None
@@ -102,21 +199,26 @@ def layer_state(cache: Any, module: nn.Module) -> HybridLayer | None:
     while len(cache.layers) <= index:
         cache.layers.append(HybridLayer())
     layer = cache.layers[index]
-    if not isinstance(layer, HybridLayer):
-        if isinstance(layer, StaticLayer):
-            raise UnsupportedModelError(f"layer {index}: hybrids take a dynamic cache, not a {type(layer).__name__}")
+    if not isinstance(layer, States):
         if layer.get_seq_length():
             raise UnsupportedModelError(
                 f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one"
             )
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in _OURS:
             raise UnsupportedModelError(
                 f"layer {index}: the model keeps a {type(layer).__name__} there, whose states a hybrid cannot replace; "
                 "models with state-space or linear layers of their own run without a cache only (use_cache=False)"
             )
-        sliding = isinstance(layer, DynamicSlidingWindowLayer)
-        layer = cache.layers[index] = HybridSlidingLayer(layer.sliding_window) if sliding else HybridLayer()
+        layer = cache.layers[index] = _OURS[type(layer)](layer)
     return layer
+
+
+_OURS: dict[type, Callable[[Any], States]] = {
+    DynamicLayer: lambda old: HybridLayer(),
+    DynamicSlidingWindowLayer: lambda old: HybridSlidingLayer(old.sliding_window),
+    StaticLayer: lambda old: HybridStaticLayer(old.max_cache_len),
+    StaticSlidingWindowLayer: lambda old: HybridStaticSlidingLayer(old.max_cache_len),
+}
 
 
 def cache_bytes(cache: Any) -> int:
