@@ -166,7 +166,9 @@ def test_a_cache_that_cannot_serve_a_hybrid_is_refused() -> None:
     for new in (DynamicCache, lambda: StaticCache(config=model.config, max_cache_len=16)):
         cache = new()
         model(ids, past_key_values=cache)
-        with pytest.raises(UnsupportedModelError, match="layer 0: the cache holds tokens that this hybrid has not seen"):
+        with pytest.raises(
+            UnsupportedModelError, match="layer 0: the cache holds tokens that this hybrid has not seen"
+        ):
             hybrid(ids, past_key_values=cache)
         cache = new()
         hybrid(ids, past_key_values=cache)
