@@ -60,7 +60,9 @@ def _hand_on(
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, config_patches={**(list_mode_options(mode) if mode else {}), **options})
+        patches = {**(list_mode_options(mode) if mode else {}), **options}
+        compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+        return compiled
     from torch._dynamo.backends.registry import lookup_backend
 
     given = {key: value for key, value in (("mode", mode), ("options", options)) if value}
