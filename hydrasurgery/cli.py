@@ -432,15 +432,22 @@ def bench(
         raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(types)}")
     console, place = _console(Console), _device(device)
     rows = []
+
+    def keep(row: dict[str, Any]) -> None:
+        """Measuring takes long: what is there is on disk."""
+        rows.append(row)
+        if out is not None:
+            atomic_write_json(out, rows)
+
     with console.status("measuring") as status:
         for row in measure(names, place, dtype=types[dtype], sizes=size, skip=skip or ()):
-            rows.append(row)
+            keep(row)
             status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
         if cold and place.type == "cuda":
-            rows += [first_calls(name, "hydra") for name in names if name != "layer"]
+            for name in names:
+                if name != "layer":
+                    keep(first_calls(name, "hydra"))
     console.print(bench_table(rows))
-    if out is not None:
-        atomic_write_json(out, rows)
     if plot is not None:
         draw(rows, plot)
 

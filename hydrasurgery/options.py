@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydrasurgery.errors import PlanError
+from hydrasurgery.ops import RULES
 
 TAPS = 4  # of the short convolution
 CHOICES = {
-    "rule": ("linear", "gated", "delta", "gated_delta"),
+    "rule": RULES,
     "full_norm": ("exact", "paper"),
     "conv": ("residual", "native", "none"),
 }

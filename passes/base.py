@@ -187,6 +187,17 @@ def token_flags(region: Region, mask: fx.Node | None) -> tuple[fx.Node, fx.Node]
     return valid, reset
 
 
+def ancestors(*nodes: fx.Node) -> list[fx.Node]:
+    """The nodes and all that they are computed from, in the graph's order."""
+    above, todo = set(nodes), list(nodes)
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in above:
+                above.add(node)
+                todo.append(node)
+    return [node for node in nodes[0].graph.nodes if node in above] if nodes else []
+
+
 def arguments(node: fx.Node) -> tuple[Any, ...]:
     """The node's arguments, whose type fx leaves open to all that a graph may hold."""
     return node.args

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from hydrasurgery.layers import TURNS, rotate
-from hydrasurgery.passes.base import Pass, PassResult, arguments, register, source
+from hydrasurgery.passes.base import Pass, PassResult, ancestors, arguments, register, source
 from hydrasurgery.regions import ATTENTION, Region
 
 aten = torch.ops.aten
@@ -83,13 +83,7 @@ def unrotated(x: fx.Node) -> fx.Node:
 
 def rotations(x: fx.Node) -> list[fx.Node]:
     """The `rotate` nodes that x is computed from."""
-    above, todo = {x}, [x]
-    while todo:
-        for node in todo.pop().all_input_nodes:
-            if node not in above:
-                above.add(node)
-                todo.append(node)
-    return [n for n in above if n.target is rotate]
+    return [node for node in ancestors(x) if node.target is rotate]
 
 
 def _behind(region: Region) -> set[fx.Node]:

@@ -58,7 +58,7 @@ class FuseDecode(Pass):
             merged = step if full is None else graph.call_function(merge_heads, (full, step, region.linear_heads))
         fusion.replace_all_uses_with(merged)
         for node in graph.find_nodes(op="call_function", target=write_state):
-            if arguments(arguments(node)[2])[0].target in (CONV, LINEAR):
+            if arguments(arguments(node)[2])[0].target in (CONV, LINEAR):  # the one node writes these in place
                 graph.erase_node(node)
         kept = (count_tokens, write_state)
         graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in kept)

@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 from hydrasurgery import ops
 from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, rotate_tokens, to_heads, to_tokens
+from hydrasurgery.options import TAPS
 from hydrasurgery.passes.base import (
     Pass,
     PassResult,
@@ -42,7 +43,7 @@ class LinearizeHeads(Pass):
     name: ClassVar[str] = "linearize-heads"
     exact: ClassVar[bool] = False
     rule: str = "gated_delta"
-    conv: int = 4
+    conv: int = TAPS
     conv_kind: str = "residual"
 
     def requires(self, region: Region) -> None:

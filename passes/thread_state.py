@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
 from hydrasurgery.ops import token_flags
-from hydrasurgery.passes.base import Pass, PassResult, arguments, register, source
+from hydrasurgery.passes.base import Pass, PassResult, ancestors, arguments, register, source
 from hydrasurgery.passes.linearize_heads import CONV, LINEAR
 from hydrasurgery.passes.place_heads import POSITIONS
 from hydrasurgery.regions import ATTENTION, Region
@@ -81,10 +81,5 @@ class ThreadState(Pass):
         self.promise(region, self._threaded(region), "the graph has no state input")
         if region.full_heads:
             attention = region.find(ATTENTION)[0]
-            read = [_reads(x, extend_kv) for x in arguments(attention)[1:3]]
+            read = [any(n.target is extend_kv for n in ancestors(x)) for x in arguments(attention)[1:3]]
             self.promise(region, all(read), "softmax attention does not read the keys and values of the state")
-
-
-def _reads(node: fx.Node, function: Any) -> bool:
-    """Whether the node is computed from a call of `function`."""
-    return node.target is function or any(_reads(n, function) for n in node.all_input_nodes)

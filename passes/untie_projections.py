@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from hydrasurgery.passes.base import Pass, PassResult, register
+from hydrasurgery.passes.base import Pass, PassResult, ancestors, register
 from hydrasurgery.regions import Region
 
 # What later passes put under `hydra`.
@@ -86,16 +86,9 @@ def _reads_parameters(region: Region, node: fx.Node) -> bool:
 
 def _depend_on_parameters(region: Region, roots: list[fx.Node]) -> list[fx.Node]:
     """What the roots are computed from and that itself depends on a parameter, in the graph's order."""
-    above: set[fx.Node] = set()
-    todo = [n for root in roots for n in root.all_input_nodes]
-    while todo:
-        node = todo.pop()
-        if node not in above:
-            above.add(node)
-            todo.extend(node.all_input_nodes)
     found: dict[fx.Node, None] = {}
-    for node in region.graph.nodes:
-        if node in above and (_reads_parameters(region, node) or any(n in found for n in node.all_input_nodes)):
+    for node in ancestors(*(n for root in roots for n in root.all_input_nodes)):
+        if _reads_parameters(region, node) or any(n in found for n in node.all_input_nodes):
             found[node] = None
     return list(found)
 

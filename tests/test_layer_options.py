@@ -246,7 +246,7 @@ def test_start_values_are_fitted_to_what_each_layer_is(layer: str) -> None:
     with torch.no_grad():
         hybrid(IDS, use_cache=False)
     got = heads["got"].unflatten(-1, (4, 16))
-    fitted = (0, 1, 2, 3) if "paper" in str(hs.LayerOptions.of(layer)) or layer == "hydrahead" else (1, 2)
+    fitted = (0, 1, 2, 3) if hs.LayerOptions.of(layer).full_norm == "paper" else (1, 2)
     for head in fitted:  # of a least-squares fit g o^ = got, what is left is at right angles to it
         left = heads["wanted"][:, :, head] - got[:, :, head]
         assert abs((left * got[:, :, head]).sum()) < 1e-4 * got[:, :, head].square().sum()
@@ -319,24 +319,26 @@ def test_a_plan_keeps_its_layer_and_a_rewrite_may_change_it(tmp_path: Path) -> N
 # --- exports ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(("family", "target"), [("qwen3", "onnxruntime"), ("gemma2", "opset27")])
-def test_the_papers_layer_exports_to_onnx(family: str, target: str, tmp_path: Path) -> None:
+def test_layers_export_to_onnx(family: str, target: str, layer: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     from tests.test_onnx import difference
 
     model = tiny(family, num_hidden_layers=1)
-    hybrid = stir(layered(model, "hydrahead"))
+    hybrid = stir(layered(model, layer))
     written = hs.export_onnx(hybrid, tmp_path / "model.onnx", target=target, verbose=False)
     decoder = hs.OnnxDecoder(written.path, threads=1)
     assert max(difference(hybrid, decoder, length) for length in (1, 40)) < 1e-4
 
 
-def test_the_papers_layer_exports_to_pt2_and_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_export_to_pt2_and_compile(layer: str, tmp_path: Path) -> None:
     from hydrasurgery.export.stateful import StatefulDecoder, exportable
     from tests.test_backend import compiled
 
-    hybrid = stir(layered(tiny("qwen3", num_hidden_layers=1), "hydrahead"))
+    hybrid = stir(layered(tiny("qwen3", num_hidden_layers=1), layer))
     written = hs.export_pt2(hybrid, tmp_path / "model.pt2", verbose=False)
     program = torch.export.load(written.path).module()
     with torch.no_grad(), exportable(hybrid):

@@ -39,11 +39,15 @@ def make(family: str, **changes: Any) -> Any:
 
 
 def poisoned(hybrid: Any, length: int) -> StaticCache:
-    """An empty static cache that has been used and reset, with NaN where nothing may be read."""
+    """An empty static cache that has been used and reset, with huge keys and values where nothing may be read."""
     cache = StaticCache(config=hybrid.config, max_cache_len=length)
     with torch.no_grad():
         hybrid(IDS[:, :6], past_key_values=cache)
     cache.reset()
+    for layer in cache.layers:
+        if layer.keys is not None:
+            layer.keys.fill_(1e4)
+            layer.values.fill_(1e4)
     return cache
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,9 +87,10 @@ def _training_inputs(layer: Layer, length: int, device: torch.device, dtype: tor
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Outputs:
+    """fla's own kernels: the function that it exports hands the call to FlashQLA where that is installed."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    return chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, output_final_state=True)
+    return inspect.unwrap(chunk_gated_delta_rule)(q, k, v, g=decay, beta=beta, output_final_state=True)
 
 
 def _flash_qla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Outputs:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from hydrasurgery.errors import PipelineError
 from hydrasurgery.kernels.attention.reference import visible_keys
+from hydrasurgery.passes.base import ancestors
 from hydrasurgery.raising import ATTENTION
 
 PIPELINE = "drop-causal-masks"
@@ -89,13 +90,13 @@ def drop_causal_masks(graph: fx.GraphModule) -> int:
                 node.update_kwarg("window", None)
                 changed += 1
     # Only what made those masks: fx takes a method that writes in place for dead if nothing reads what it returns.
-    unread = {n for mask, causal in known.items() if causal for n in _ancestors(mask)}
+    unread = {n for mask, causal in known.items() if causal for n in ancestors(mask)}
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node not in unread)
     return changed
 
 
 def _is_causal(graph: fx.GraphModule, mask: fx.Node) -> bool:
-    order = _ancestors(mask)
+    order = ancestors(mask)
     free = [n for n in order if n.op == "placeholder"]
     if any(n.op == "get_attr" for n in order) or not all(map(_is_size, free)):
         return False
@@ -113,17 +114,6 @@ def _numbers(node: fx.Node) -> list[int]:
 
 def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), (int, torch.SymInt))
-
-
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    """The node and what it is computed from, in the graph's order."""
-    above, todo = {node}, [node]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source not in above:
-                above.add(source)
-                todo.append(source)
-    return [n for n in node.graph.nodes if n in above]
 
 
 def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], sizes: dict[fx.Node, int]) -> bool:

@@ -270,6 +270,8 @@ def _fill(x: Tensor, *sizes: int) -> Tensor:
 
 def _cut(x: Tensor, *sizes: int) -> Tensor:
     """`_fill` undone."""
+    if x.shape[-len(sizes) :] == sizes:
+        return x
     for dim, size in zip(range(-len(sizes), 0), sizes, strict=True):
         x = x.narrow(dim, 0, size)
     return x.contiguous()

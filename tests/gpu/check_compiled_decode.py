@@ -70,17 +70,16 @@ class Case:
 
 def decode_cases(ablate: bool) -> list[Case]:
     """Eager, Inductor without our passes, ours; with `ablate` also ours with each graph rewrite alone, and one pass at a time."""
-    inductor = {"mode": "reduce-overhead"}
     few = [
         Case("eager"),
-        Case("inductor, no passes, graphs", "plain", "inductor", inductor),
+        Case("inductor, no passes, graphs", "plain", "inductor", GRAPHS),
         Case("hydra, graphs", "hybrid", "hydra", GRAPHS),
-        Case("teacher inductor, graphs", "teacher", "inductor", inductor),
+        Case("teacher inductor, graphs", "teacher", "inductor", GRAPHS),
         Case("hydra, no graphs", "hybrid", "hydra", {}),
     ]
     more = [
         Case("eager, no fuse-decode", "plain"),
-        Case("inductor, fuse-decode, graphs", "hybrid", "inductor", inductor),
+        Case("inductor, fuse-decode, graphs", "hybrid", "inductor", GRAPHS),
         *_each_alone(GRAPHS, ", graphs"),
         Case("teacher eager", "teacher"),
     ]

@@ -1,13 +1,15 @@
 """Check and time the Triton kernels of `hydra::linear_attention` on the GPU at hand: `python -m tests.gpu.check_linear_attention`.
 
-Errors are ||x - reference|| / ||reference|| against the reference in float64. Times are medians in milliseconds, of calls and of
-replays of a CUDA graph. `--peers` times flash-linear-attention and FlashQLA beside them, where they are installed; `--cold`
-measures the first call in a fresh process with an empty Triton cache.
+Errors are ||x - reference|| / ||reference|| against the reference in float64. Times are medians in milliseconds, of calls that
+are waited for and of replays of a CUDA graph. `--peers` times fla's own kernels and FlashQLA beside them, where they are installed;
+`--unchecked` only times; `--cold` measures the first call in a fresh process with an empty Triton cache. `--profile` makes one pass
+for a profiler: `ncu --profile-from-start off --set full python -m tests.gpu.check_linear_attention --profile`.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import statistics
 import subprocess
@@ -188,7 +190,7 @@ def peers() -> dict[str, Callable]:
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        found["fla"] = chunk_gated_delta_rule
+        found["fla"] = inspect.unwrap(chunk_gated_delta_rule)  # else it hands the call to FlashQLA
     except ImportError as error:
         print("no fla:", error)
     try:
@@ -230,6 +232,17 @@ def first_call(back: bool) -> None:
     print(f"first call {'with backward' if back else 'forward'}: {time.perf_counter() - start:.2f} s", flush=True)
 
 
+def profile() -> None:
+    given = inputs(torch.bfloat16, (1, 65536, 14, 128, 128), 0.0001)
+    call = ours(given, torch.randn_like(given["v"]), True)
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384, 65536, 262144, 524288])
@@ -237,10 +250,15 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--unchecked", action="store_true", help="times only")
+    parser.add_argument(
+        "--profile", action="store_true", help="one pass at 65,536 tokens and weak decays, nothing else"
+    )
     parser.add_argument("--first-call", choices=["forward", "both"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.first_call:
         return first_call(options.first_call == "both")
+    if options.profile:
+        return profile()
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", kernel.triton.__version__, flush=True)
     if options.cold:
         for kind in ("forward", "both"):
