@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 CHUNK = 64
 SIZES = (64, 128, 256)  # heads of other sizes are filled up with zeros
@@ -278,7 +279,21 @@ def _cut(x: Tensor, *sizes: int) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """As bulk copies want it: rows of neighbours, everything at a multiple of 16 bytes."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x if x.stride(-1) == 1 and not any(place % 16 for place in places) else x.contiguous()
+
+
+def _tokens(x: Tensor, width: int) -> TensorDescriptor:
+    """x [B, T, H, D], read in tiles of a head's [64, width]: one bulk copy each, which takes no registers."""
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, CHUNK, width])
+
+
+def _tiles(x: Tensor, width: int) -> TensorDescriptor:
+    """x [chunks, heads, rows, D], read in tiles of [rows, width] at ((chunk heads + head) rows, column)."""
+    rows, channels = x.shape[-2:]
+    return TensorDescriptor(x, [x.numel() // channels, channels], [channels, 1], [rows, width])
 
 
 def _processors(device: torch.device) -> int:
@@ -314,7 +329,10 @@ def _launch(kind: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
         # One long chain and no loop: with 128 registers four programs share a processor.
         return {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
     if kind == "scan" and narrow:
-        # The next chunk's tiles are on their way while this one's chain runs; more stages leave room for one program only.
+        # With two stages Triton orders the next chunk's tiles only after this one's products; with three they come in time.
+        return {"num_warps": 4, "num_stages": 3}
+    if kind in ("outputs", "back") and narrow:
+        # Three stages would leave room for one program a processor.
         return {"num_warps": 4, "num_stages": 2}
     # `_join` has a chain, `_gradients` short loops, wide tiles no room: nothing to fetch ahead.
     return {"num_warps": 4, "num_stages": 1}
@@ -362,8 +380,9 @@ def _prepare_chunks(plan: list[_Launch], call: _Call) -> _Parts:
     total, rows_q, rows_k, writes = vectors = q.new_empty(4, *shape, CHUNK, dtype=torch.float32).unbind()
     reach = q.new_empty(shape, dtype=torch.float32)
     args = (
-        *(q, k, call.decay, call.beta, solve, *vectors, reach, call.chunk_table),
-        *(*q.stride()[:3], *k.stride()[:3], *call.decay.stride(), *call.beta.stride()),
+        *(_tokens(q, call.keys), _tokens(k, call.keys), call.decay, call.beta),
+        *(solve, *vectors, reach, call.chunk_table),
+        *(*call.decay.stride(), *call.beta.stride()),
         *(q.shape[1], call.heads, call.scale, EPS),
     )
     options = call.options("prepare", L2=call.l2_norm)
@@ -402,16 +421,15 @@ def _walk(
     block = _value_block(call.keys, call.values, call.q.dtype)
     columns = call.values // block + (triton.cdiv(call.keys, block) if maps else 0)
     unused = parts.total  # Stands where a kernel reads and writes nothing.
-    q, k, v = call.q, call.k, call.v
     pointers = (state, ends, maps and maps.move, maps and maps.moves, o, states, updates, final)
     args = (
-        *(q, k, v, *parts),
+        *(_tokens(call.q, call.keys), _tokens(call.k, call.keys), _tokens(call.v, block)),
+        *(_tiles(parts.solve, CHUNK), *parts[1:]),
         *(unused if x is None else x for x in pointers),
         call.segment_table,
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        *(q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
+        *(call.q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
     )
-    options = call.options("scan", BV=block, OUTPUTS=o is not None)
+    options = call.options("scan" if o is None else "outputs", BV=block, OUTPUTS=o is not None)
     plan.append(_Launch(_scan, (columns, call.heads, call.segments), args, options))
 
 
@@ -431,13 +449,13 @@ def _walk_back(
     begins = dfirst if maps is None else call.states(call.segments)
     for find in (True, False) if maps else (False,):
         args = (
-            *(grad, call.q, call.k, *parts),
+            *(_tokens(grad, block), _tokens(call.q, call.keys), _tokens(call.k, call.keys)),
+            *(_tiles(parts.solve, CHUNK), *parts[1:]),
             *(dfirst if grad_state is None else grad_state, begins, dfirst, dstates, errors, call.segment_table),
-            *(*grad.stride()[:3], *call.q.stride()[:3], *call.k.stride()[:3]),
             *(call.q.shape[1], call.heads, call.size, int(grad_state is not None), int(find)),
         )
         grid = (call.values // block, call.heads, call.segments)
-        plan.append(_Launch(_scan_back, grid, args, call.options("scan", BV=block)))
+        plan.append(_Launch(_scan_back, grid, args, call.options("back", BV=block)))
         if find and maps is not None:
             _join_segments(plan, call, begins, maps, back=True)
 
@@ -461,13 +479,14 @@ def _chunk_gradients(
 ) -> tuple[Tensor, ...]:
     q, k, v, decay, beta = inputs = (call.q, call.k, call.v, call.decay, call.beta)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    block = _gradient_block(call.keys, call.values, call.q.dtype)
     args = (
-        *(grad, q, k, v, *parts[1:5], states, dstates, updates, errors),
+        *(_tokens(grad, block), _tokens(q, call.keys), _tokens(k, call.keys), _tokens(v, block), *parts[1:5]),
+        *(_tiles(x, block) for x in (states, dstates, updates, errors)),
         *(*grads, call.chunk_table),
-        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(q.shape[1], call.heads, call.scale),
     )
-    options = call.options("gradients", L2=call.l2_norm, BV=_gradient_block(call.keys, call.values, call.q.dtype))
+    options = call.options("gradients", L2=call.l2_norm, BV=block)
     plan.append(_Launch(_gradients, (call.heads * call.chunks,), args, options))
     return grads
 
@@ -496,7 +515,7 @@ def _piece(table, index, length, size, VARLEN: tl.constexpr):
 
 @triton.jit
 def _row(base, doc, head, token, stride_b, stride_t, stride_h, VARLEN: tl.constexpr):
-    """Where a token's row starts. 64-bit: a long sequence has more than 2^31 elements."""
+    """Where a token's number stands. 64-bit: a long sequence has more than 2^31 elements."""
     where = base + token.to(tl.int64) * stride_t + head * stride_h
     if not VARLEN:
         where += doc.to(tl.int64) * stride_b
@@ -504,10 +523,11 @@ def _row(base, doc, head, token, stride_b, stride_t, stride_h, VARLEN: tl.conste
 
 
 @triton.jit
-def _tile(start, stride, valid, columns):
-    """[C, D]: rows of tokens, 0 past the end."""
-    rows = tl.arange(0, _C)
-    return tl.load(start + rows[:, None] * stride + columns[None, :], mask=valid[:, None], other=0.0)
+def _tile(tokens, doc, head, at, column, VARLEN: tl.constexpr):
+    """[C, D] of a `_tokens`: rows from token `at` on. Rows past a document's end hold anything finite, those past the sequence's
+    end 0: whoever reads them has factors that are 0 there."""
+    tile = tokens.load([0 if VARLEN else doc, head, at, column])
+    return tl.reshape(tile, (tile.shape[2], tile.shape[3]))
 
 
 @triton.jit
@@ -546,12 +566,6 @@ def _prepare(
     writes,
     reach,
     table,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
     g_b,
     g_t,
     g_h,
@@ -573,7 +587,6 @@ def _prepare(
     doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
     if doc < 0:
         return
-    BK: tl.constexpr = K if K < 128 else 128
     rows = tl.arange(0, _C)
     valid = rows < stop - start
     item = index.to(tl.int64) * heads + head
@@ -582,22 +595,15 @@ def _prepare(
     write = tl.load(_row(beta, doc, head, start, b_b, b_t, b_h, VARLEN) + rows * b_t, mask=valid, other=0.0)
     write = write.to(tl.float32)
 
-    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
-    gram = tl.zeros([_C, _C], tl.float32)
-    for at in tl.static_range(0, K, BK):
-        kt = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
-        gram = tl.dot(kt, tl.trans(kt), gram, input_precision=PRECISION)
+    kt = _tile(k, doc, head, start, 0, VARLEN)
+    gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
     i, j = rows[:, None], rows[None, :]
     square = tl.sum(tl.where(i == j, gram, 0.0), 1)
     factor_q = tl.where(valid, scale, 0.0)
     factor_k = tl.where(valid, 1.0, 0.0)
     if L2:
-        first_q = _row(q, doc, head, start, q_b, q_t, q_h, VARLEN)
-        square_q = tl.zeros([_C], tl.float32)
-        for at in tl.static_range(0, K, BK):
-            qt = _tile(first_q, q_t, valid, at + tl.arange(0, BK)).to(tl.float32)
-            square_q += tl.sum(qt * qt, 1)
-        factor_q *= tl.rsqrt(square_q + eps)
+        qt = _tile(q, doc, head, start, 0, VARLEN).to(tl.float32)
+        factor_q *= tl.rsqrt(tl.sum(qt * qt, 1) + eps)
         factor_k *= tl.rsqrt(square + eps)
         square *= factor_k * factor_k
         gram *= factor_k[:, None] * factor_k[None, :]
@@ -653,15 +659,6 @@ def _scan(
     updates,
     final,
     table,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
     length,
     heads,
     size,
@@ -687,7 +684,7 @@ def _scan(
     # A document's first segment needs no M, its last neither M nor R.
     if (doc < 0) | ((find != 0) & ((last != 0) | (of_map & (first != 0)))):
         return
-    dtype = q.dtype.element_ty
+    dtype = q.dtype
     chunks = (stop - start + _C - 1) // _C
     used = chunks + 1
     if find != 0:
@@ -697,7 +694,6 @@ def _scan(
     begin = tl.where(of_map & (used <= chunks), chunks, begin)  # M = 0: nothing to walk.
     rows, channels = tl.arange(0, _C), tl.arange(0, K)
     columns = tl.where(of_map, column - V // BV, column) * BV + tl.arange(0, BV)
-    inside = columns < tl.where(of_values, V, 0)  # For M, v is 0.
     given = columns < tl.where(of_values & (has_state != 0) & (first != 0) & whole, V, 0)
     found = columns < tl.where((find == 0) & (first == 0), V, 0)
     cell = channels[:, None] * V + columns[None, :]
@@ -709,17 +705,15 @@ def _scan(
 
     if (not OUTPUTS) & (find == 0) & (chunks > 0):
         tl.store(states + (chunk.to(tl.int64) * heads + head) * K * V + cell, s.to(dtype))
+    first_column = tl.where(of_values, column * BV, 0)  # For M, v is 0.
     for c in range(begin, chunks):
         at = start + c * _C
         valid = rows < stop - at
         item = (chunk + c).to(tl.int64) * heads + head
-        kt = _tile(_row(k, doc, head, at, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
-        vt = tl.load(
-            _row(v, doc, head, at, v_b, v_t, v_h, VARLEN) + rows[:, None] * v_t + columns[None, :],
-            mask=valid[:, None] & inside[None, :],
-            other=0.0,
-        )
-        tt = tl.load(solve + item * _C * _C + rows[:, None] * _C + rows[None, :])
+        line = ((chunk + c) * heads + head) * _C
+        kt = _tile(k, doc, head, at, 0, VARLEN)
+        vt = _tile(v, doc, head, at, first_column, VARLEN)
+        tt = solve.load([line, 0])
         g = tl.load(total + item * _C + rows)
         g_end = tl.load(total + item * _C + _C - 1)
         factor_k = tl.load(rows_k + item * _C + rows)
@@ -727,10 +721,10 @@ def _scan(
         held = s.to(dtype)
         x = tl.dot(kt, held, input_precision=PRECISION)
         if OUTPUTS:
-            qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
+            qt = _tile(q, doc, head, at, 0, VARLEN)
             factor_q = tl.load(rows_q + item * _C + rows)
             y = tl.dot(qt, held, input_precision=PRECISION)
-        x = write[:, None] * (vt.to(tl.float32) - (factor_k * tl.exp2(g))[:, None] * x)
+        x = write[:, None] * (tl.where(of_values, vt.to(tl.float32), 0.0) - (factor_k * tl.exp2(g))[:, None] * x)
         u = tl.dot(tt, x.to(dtype), input_precision=PRECISION)
         fall = factor_k * tl.exp2(tl.minimum(g_end - g, 0.0))
         s = tl.dot(tl.trans(kt), (u * fall[:, None]).to(dtype), s * tl.exp2(g_end), input_precision=PRECISION)
@@ -780,15 +774,6 @@ def _scan_back(
     dstates,
     errors,
     table,
-    d_b,
-    d_t,
-    d_h,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
     length,
     heads,
     size,
@@ -811,7 +796,7 @@ def _scan_back(
     doc, start, stop, chunk, first, last = _piece(table, segment, length, size, VARLEN)
     if (doc < 0) | ((find != 0) & (first != 0)):
         return
-    dtype = q.dtype.element_ty
+    dtype = q.dtype
     chunks = (stop - start + _C - 1) // _C
     used = chunks + 1
     if find != 0:
@@ -835,10 +820,11 @@ def _scan_back(
         at = start + c * _C
         valid = rows < stop - at
         item = (chunk + c).to(tl.int64) * heads + head
-        qt = _tile(_row(q, doc, head, at, q_b, q_t, q_h, VARLEN), q_t, valid, channels)
-        kt = _tile(_row(k, doc, head, at, k_b, k_t, k_h, VARLEN), k_t, valid, channels)
-        do = _tile(_row(grad, doc, head, at, d_b, d_t, d_h, VARLEN), d_t, valid, columns)
-        tt = tl.load(solve + item * _C * _C + rows[:, None] * _C + rows[None, :])
+        line = ((chunk + c) * heads + head) * _C
+        qt = _tile(q, doc, head, at, 0, VARLEN)
+        kt = _tile(k, doc, head, at, 0, VARLEN)
+        do = _tile(grad, doc, head, at, column * BV, VARLEN)
+        tt = solve.load([line, 0])
         g = tl.load(total + item * _C + rows)
         g_end = tl.load(total + item * _C + _C - 1)
         factor_q = tl.load(rows_q + item * _C + rows)
@@ -950,18 +936,6 @@ def _gradients(
     ddecay,
     dbeta,
     table,
-    d_b,
-    d_t,
-    d_h,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
     length,
     heads,
     scale,
@@ -988,18 +962,13 @@ def _gradients(
     doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
     if doc < 0:
         return
-    dtype = q.dtype.element_ty
-    BK: tl.constexpr = K if K < 128 else 128
+    dtype = q.dtype
     rows, channels = tl.arange(0, _C), tl.arange(0, K)
     i, j = rows[:, None], rows[None, :]
     valid = rows < stop - start
     item = index.to(tl.int64) * heads + head
-    local = item * _C * V + rows[:, None] * V
-    cell = item * K * V + channels[:, None] * V
-    first_do = _row(grad, doc, head, start, d_b, d_t, d_h, VARLEN)
-    first_v = _row(v, doc, head, start, v_b, v_t, v_h, VARLEN)
-    first_q = _row(q, doc, head, start, q_b, q_t, q_h, VARLEN)
-    first_k = _row(k, doc, head, start, k_b, k_t, k_h, VARLEN)
+    local = (index * heads + head) * _C
+    cell = (index * heads + head) * K
     token = start.to(tl.int64)
     if not VARLEN:
         token += doc.to(tl.int64) * length
@@ -1011,16 +980,15 @@ def _gradients(
     f = tl.zeros([_C, _C], tl.float32)
     y = tl.zeros([_C, K], tl.float32)
     for at in range(0, V, BV):
-        columns = at + tl.arange(0, BV)
-        do = _tile(first_do, d_t, valid, columns)
-        f = tl.dot(do, tl.trans(tl.load(updates + local + columns[None, :])), f, input_precision=PRECISION)
-        y = tl.dot(do, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
+        do = _tile(grad, doc, head, start, at, VARLEN)
+        f = tl.dot(do, tl.trans(updates.load([local, at])), f, input_precision=PRECISION)
+        y = tl.dot(do, tl.trans(states.load([cell, at])), y, input_precision=PRECISION)
     factor = tl.load(rows_k + item * _C + rows)
     f = tl.where(i >= j, f * _between(total, item, False), 0.0) * factor[None, :]
     y *= tl.exp2(tl.load(total + item * _C + rows))[:, None]
-    y = tl.dot(f.to(dtype), _tile(first_k, k_t, valid, channels), y, input_precision=PRECISION)
+    y = tl.dot(f.to(dtype), _tile(k, doc, head, start, 0, VARLEN), y, input_precision=PRECISION)
     factor = tl.load(rows_q + item * _C + rows)
-    raw = _tile(first_q, q_t, valid, channels).to(tl.float32)
+    raw = _tile(q, doc, head, start, 0, VARLEN).to(tl.float32)
     dg = tl.sum(y * raw, 1) * factor
     y *= factor[:, None]
     if L2:
@@ -1035,21 +1003,19 @@ def _gradients(
     write = tl.load(writes + item * _C + rows)
     for at in range(0, V, BV):
         columns = at + tl.arange(0, BV)
-        z = tl.load(errors + local + columns[None, :])
-        h = tl.dot(z, tl.trans(tl.load(updates + local + columns[None, :])), h, input_precision=PRECISION)
-        y = tl.dot(z, tl.trans(tl.load(states + cell + columns[None, :])), y, input_precision=PRECISION)
+        z = errors.load([local, at])
+        h = tl.dot(z, tl.trans(updates.load([local, at])), h, input_precision=PRECISION)
+        y = tl.dot(z, tl.trans(states.load([cell, at])), y, input_precision=PRECISION)
         wide = z.to(tl.float32)
-        db += tl.sum(wide * _tile(first_v, v_t, valid, columns).to(tl.float32), 1)
+        db += tl.sum(wide * _tile(v, doc, head, start, at, VARLEN).to(tl.float32), 1)
         out = dv + line * V + rows[:, None] * (heads * V) + columns[None, :]
         tl.store(out, (wide * write[:, None]).to(dv.dtype.element_ty), mask=valid[:, None])
-    gram = tl.zeros([_C, _C], tl.float32)
-    for at in tl.static_range(0, K, BK):
-        part = _tile(first_k, k_t, valid, at + tl.arange(0, BK))
-        gram = tl.dot(part, tl.trans(part), gram, input_precision=PRECISION)
+    kt = _tile(k, doc, head, start, 0, VARLEN)
+    gram = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
     factor = tl.load(rows_k + item * _C + rows)
     h = tl.where(i > j, h * _between(total, item, False), 0.0) * factor[None, :]
     rise = tl.exp2(tl.load(total + item * _C + rows))
-    kt = _tile(first_k, k_t, valid, channels)
+    kt = _tile(k, doc, head, start, 0, VARLEN)
     db -= (tl.sum(h * gram, 1) + tl.sum(y * kt.to(tl.float32), 1) * rise) * factor
     y = tl.dot(h.to(dtype), kt, y * rise[:, None], input_precision=PRECISION) * -write[:, None]
     up = tl.sum(y * kt.to(tl.float32), 1)
@@ -1061,19 +1027,19 @@ def _gradients(
     fall = tl.exp2(tl.minimum(g_end - tl.load(total + item * _C + rows), 0.0))
     for at in range(0, V, BV):
         columns = at + tl.arange(0, BV)
-        u = tl.load(updates + local + columns[None, :])
-        f = tl.dot(u, tl.trans(_tile(first_do, d_t, valid, columns)), f, input_precision=PRECISION)
-        h = tl.dot(u, tl.trans(tl.load(errors + local + columns[None, :])), h, input_precision=PRECISION)
-        ds = tl.load(dstates + cell + columns[None, :])
+        u = updates.load([local, at])
+        f = tl.dot(u, tl.trans(_tile(grad, doc, head, start, at, VARLEN)), f, input_precision=PRECISION)
+        h = tl.dot(u, tl.trans(errors.load([local, at])), h, input_precision=PRECISION)
+        ds = dstates.load([cell, at])
         carried = (u.to(tl.float32) * fall[:, None]).to(dtype)
         y = tl.dot(carried, tl.trans(ds), y, input_precision=PRECISION)
     factor = tl.load(rows_k + item * _C + rows)
-    kt = _tile(first_k, k_t, valid, channels)
+    kt = _tile(k, doc, head, start, 0, VARLEN)
     whole = tl.sum((tl.sum(y * kt.to(tl.float32), 1) - up) * factor, 0)
     between = _between(total, item, True)
     f = tl.where(j >= i, f * between, 0.0) * tl.load(rows_q + item * _C + rows)[None, :]
     h = tl.where(j > i, h * between, 0.0) * (-write * factor)[None, :]
-    y = tl.dot(f.to(dtype), _tile(first_q, q_t, valid, channels), y, input_precision=PRECISION)
+    y = tl.dot(f.to(dtype), _tile(q, doc, head, start, 0, VARLEN), y, input_precision=PRECISION)
     y = tl.dot(h.to(dtype), kt, y, input_precision=PRECISION)
     both = tl.sum(y * kt.to(tl.float32), 1)
     dg += (2.0 * up - both) * factor
@@ -1083,11 +1049,9 @@ def _gradients(
     tl.store(dk + row_k, y.to(dk.dtype.element_ty), mask=valid[:, None])
 
     # e^{G_C} also multiplies S.
-    shared = tl.zeros([K, 32], tl.float32)
-    for at in range(0, V, 32):
-        columns = at + tl.arange(0, 32)
-        s = tl.load(states + cell + columns[None, :])
-        shared += s.to(tl.float32) * tl.load(dstates + cell + columns[None, :]).to(tl.float32)
-    whole += tl.sum(tl.sum(shared, 1), 0) * tl.exp2(g_end)
+    shared = tl.zeros([K], tl.float32)
+    for at in range(0, V, BV):
+        shared += tl.sum(states.load([cell, at]).to(tl.float32) * dstates.load([cell, at]).to(tl.float32), 1)
+    whole += tl.sum(shared, 0) * tl.exp2(g_end)
     dg = tl.cumsum(dg, 0, reverse=True) + whole
     tl.store(ddecay + line + rows * heads, dg.to(ddecay.dtype.element_ty), mask=valid)
