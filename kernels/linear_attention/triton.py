@@ -141,28 +141,47 @@ def backward(
 
 
 class _Launch(NamedTuple):
+    """A kernel, its grid of three, its arguments in order, and its constants and compiler's options by name."""
+
     kernel: triton.JITFunction
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     args: tuple
     options: dict
 
 
-_compiled: set[tuple] = set()
+_compiled: dict[tuple, list] = {}
 
 
 def _run(plan: list[_Launch], call: _Call) -> None:
-    """Launch in order. Kernels that are new to this process are compiled side by side first: a cold call waits for the slowest
-    of them, not for their sum."""
-    kind = (plan[-1].kernel, call.q.dtype, call.decay.dtype, call.beta.dtype, call.split, *plan[0].options.values())
-    with torch.cuda.device_of(call.q):
-        if kind not in _compiled and call.q.is_cuda:
-            new = {(x.kernel, *x.options.items()): x for x in plan}.values()
-            with ThreadPoolExecutor(len(new)) as pool, triton.AsyncCompileMode(pool):
-                for kernel, grid, args, options in new:
-                    kernel.warmup(*args, grid=grid, **options)
-            _compiled.add(kind)
+    """Launch in order.
+
+    Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the kernels of a short
+    sequence. Here nothing of an argument but its type is compiled in, so the kind of the call finds all kernels at once.
+    """
+    if not call.q.is_cuda:  # Triton's interpreter
         for kernel, grid, args, options in plan:
             kernel[grid](*args, **options)
+        return
+    kind = (plan[-1].kernel, call.q.device, call.q.dtype, call.decay.dtype, call.beta.dtype, call.split)
+    kind += tuple(plan[0].options.values())
+    with torch.cuda.device_of(call.q):
+        if kind not in _compiled:
+            _compiled[kind] = _compile(plan)
+        for (kernel, constants), (_, grid, args, _) in zip(_compiled[kind], plan, strict=True):
+            kernel[grid](*args, *constants)
+
+
+def _compile(plan: list[_Launch]) -> list[tuple]:
+    """The compiled kernel and the constants of each launch. Side by side: a cold call waits for the slowest, not for the sum."""
+    new = {(x.kernel, *x.options.items()): x for x in plan}.values()
+    with ThreadPoolExecutor(len(new)) as pool, triton.AsyncCompileMode(pool):
+        for kernel, grid, args, options in new:
+            kernel.warmup(*args, grid=grid, **options)
+    found = []
+    for kernel, grid, args, options in plan:
+        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        found.append((kernel.warmup(*args, grid=grid, **options), constants))
+    return found
 
 
 class _Call(NamedTuple):
@@ -223,7 +242,10 @@ class _Call(NamedTuple):
         return self.segments > self.docs
 
     def filled(self, state: Tensor | None) -> Tensor | None:
-        return None if state is None else _fill(state, self.keys, self.values).contiguous()
+        if state is None:
+            return None
+        state = _fill(state.float(), self.keys, self.values).contiguous()
+        return state.clone() if state.data_ptr() % 16 else state
 
     def states(self, count: int) -> Tensor:
         return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
@@ -331,10 +353,12 @@ def _launch(kind: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
     if kind == "scan" and narrow:
         # With two stages Triton orders the next chunk's tiles only after this one's products; with three they come in time.
         return {"num_warps": 4, "num_stages": 3}
+    if kind == "join" and narrow:
+        return {"num_warps": 4, "num_stages": 3}
     if kind in ("outputs", "back") and narrow:
         # Three stages would leave room for one program a processor.
         return {"num_warps": 4, "num_stages": 2}
-    # `_join` has a chain, `_gradients` short loops, wide tiles no room: nothing to fetch ahead.
+    # `_gradients` has short loops, wide tiles no room: nothing to fetch ahead.
     return {"num_warps": 4, "num_stages": 1}
 
 
@@ -386,7 +410,7 @@ def _prepare_chunks(plan: list[_Launch], call: _Call) -> _Parts:
         *(q.shape[1], call.heads, call.scale, EPS),
     )
     options = call.options("prepare", L2=call.l2_norm)
-    plan.append(_Launch(_prepare, (call.heads * call.chunks,), args, options))
+    plan.append(_Launch(_prepare, (call.heads * call.chunks, 1, 1), args, options))
     return _Parts(solve, total, rows_q, rows_k, writes, reach)
 
 
@@ -420,12 +444,18 @@ def _walk(
     """Forwards through all segments: to find their maps, or else the outputs, or the states and updates of chunks."""
     block = _value_block(call.keys, call.values, call.q.dtype)
     columns = call.values // block + (triton.cdiv(call.keys, block) if maps else 0)
-    unused = parts.total  # Stands where a kernel reads and writes nothing.
-    pointers = (state, ends, maps and maps.move, maps and maps.moves, o, states, updates, final)
+    # Where a kernel reads and writes nothing stands something of the same type: one compiled kernel for all.
+    number, flag, tile = parts.total, parts.reach.view(torch.int32), parts.solve
+    move, moves = maps or (number, flag)
+    pointers = (
+        *(number if state is None else state, number if ends is None else ends, move, moves),
+        *(tile if x is None else x for x in (o, states, updates)),
+        number if final is None else final,
+    )
     args = (
         *(_tokens(call.q, call.keys), _tokens(call.k, call.keys), _tokens(call.v, block)),
         *(_tiles(parts.solve, CHUNK), *parts[1:]),
-        *(unused if x is None else x for x in pointers),
+        *pointers,
         call.segment_table,
         *(call.q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
     )
@@ -462,8 +492,9 @@ def _walk_back(
 
 def _join_segments(plan: list[_Launch], call: _Call, states: Tensor, maps: _Maps, *, back: bool) -> None:
     block = min(call.values, 32)
+    rows = call.keys if call.keys <= 128 and call.q.dtype != torch.float32 else 64
     args = (states, *maps, call.first_segments, call.q.shape[1], call.heads, call.size)
-    options = call.options("join", BV=block, BACK=back) | {"PRECISION": "tf32x3"}
+    options = call.options("join", BV=block, BR=rows, BACK=back)
     plan.append(_Launch(_join, (call.values // block, call.heads, call.docs), args, options))
 
 
@@ -487,7 +518,7 @@ def _chunk_gradients(
         *(q.shape[1], call.heads, call.scale),
     )
     options = call.options("gradients", L2=call.l2_norm, BV=block)
-    plan.append(_Launch(_gradients, (call.heads * call.chunks,), args, options))
+    plan.append(_Launch(_gradients, (call.heads * call.chunks, 1, 1), args, options))
     return grads
 
 
@@ -553,7 +584,7 @@ def _invert(lower, PRECISION: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
+@triton.jit(do_not_specialize=["decay", "beta", "g_b", "g_t", "g_h", "b_b", "b_t", "b_h", "length", "heads"])
 def _prepare(
     q,
     k,
@@ -865,6 +896,7 @@ def _join(
     heads,
     size,
     BV: tl.constexpr,
+    BR: tl.constexpr,
     BACK: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -873,7 +905,7 @@ def _join(
 ):
     """A document's segments in order, in place: states[n] += M_n states[n - 1]; backwards states[n] += M_n^T states[n + 1].
 
-    M has a row for every channel and S is the right factor, so rows go in blocks and S passes through memory.
+    Where M is too large for a processor its rows go in blocks of BR, and S passes through memory.
     """
     column, head, doc = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if VARLEN:
@@ -882,27 +914,37 @@ def _join(
     else:
         count = (length + size - 1) // size
         begin = doc * count
-    BR: tl.constexpr = 64
     channels = tl.arange(0, K)
     columns = column * BV + tl.arange(0, BV)
     cell = channels[:, None] * V + columns[None, :]
-    # First and last segment have no map.
-    for n in range(1, count - 1):
-        segment = begin + (count - 1 - n if BACK else n)
-        item = segment.to(tl.int64) * heads + head
-        if tl.load(moves + item) != 0:
-            neighbour = item + heads if BACK else item - heads
-            s = tl.load(states + neighbour * K * V + cell)
-            for row in tl.static_range(0, K, BR):
-                r = row + tl.arange(0, BR)
-                if BACK:
-                    m = tl.load(move + item * K * K + channels[None, :] * K + r[:, None])
-                else:
-                    m = tl.load(move + item * K * K + r[:, None] * K + channels[None, :])
-                own = states + item * K * V + r[:, None] * V + columns[None, :]
-                tl.store(own, tl.dot(m, s, tl.load(own), input_precision=PRECISION))
-        # The next step reads what other threads of this program have written.
-        tl.debug_barrier()
+    # First and last segment have no map, and without any map nothing is to be done.
+    some = 0
+    for block in range(0, tl.cdiv(count, 64)):
+        n = block * 64 + tl.arange(0, 64)
+        inner = (n > 0) & (n < count - 1)
+        some += tl.max(tl.load(moves + (begin + n).to(tl.int64) * heads + head, mask=inner, other=0), 0)
+    if some == 0:
+        return
+    item = (begin + (count - 1 if BACK else 0)).to(tl.int64) * heads + head
+    step = -heads if BACK else heads
+    s = tl.load(states + item * K * V + cell)
+    for _ in range(1, count - 1):
+        item += step
+        if BR < K:
+            s = tl.load(states + (item - step) * K * V + cell)
+        for row in tl.static_range(0, K, BR):
+            r = row + tl.arange(0, BR)
+            if BACK:
+                m = tl.load(move + item * K * K + channels[None, :] * K + r[:, None])
+            else:
+                m = tl.load(move + item * K * K + r[:, None] * K + channels[None, :])
+            own = states + item * K * V + r[:, None] * V + columns[None, :]
+            found = tl.dot(m, s, tl.load(own), input_precision=PRECISION)
+            tl.store(own, found)
+        if BR < K:
+            tl.debug_barrier()  # The next step reads what other threads of this program have written.
+        else:
+            s = found
 
 
 # --- gradients of a chunk ----------------------------------------------------------------------------------------------------
