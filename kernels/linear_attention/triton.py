@@ -90,13 +90,12 @@ def forward(
     """
     call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
     state = call.filled(state)
-    plan: list[_Launch] = []
-    parts = _prepare_chunks(plan, call)
-    ends, _ = _segment_ends(plan, call, parts, state)
     o = torch.empty(call.v.shape, dtype=v.dtype, device=v.device)
     final = call.states(call.docs)
-    _walk(plan, call, parts, state, ends, final, o=o)
-    _run(plan, call)
+    with _Run(call, back=False) as run:
+        parts = _prepare_chunks(run)
+        ends, _ = _segment_ends(run, parts, state)
+        _walk(run, parts, state, ends, final, o=o)
     return _cut(o, v.shape[-1]), _cut(final, q.shape[-1], v.shape[-1])
 
 
@@ -120,18 +119,16 @@ def backward(
     final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
     call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
     state, grad_state = call.filled(state), call.filled(grad_state)
-    plan: list[_Launch] = []
-    parts = _prepare_chunks(plan, call)
-    ends, maps = _segment_ends(plan, call, parts, state)
+    grad = _rows(_fill(grad.to(q.dtype), call.values))
     states = q.new_empty(call.chunks, call.heads, call.keys, call.values)
     updates = q.new_empty(call.chunks, call.heads, CHUNK, call.values)
-    _walk(plan, call, parts, state, ends, None, states=states, updates=updates)
-    grad = _rows(_fill(grad.to(q.dtype), call.values))
-    dstates, errors = torch.empty_like(states), torch.empty_like(updates)
-    dfirst = call.states(call.docs)
-    _walk_back(plan, call, parts, grad, grad_state, maps, dfirst, dstates, errors)
-    dq, dk, dv, ddecay, dbeta = _chunk_gradients(plan, call, parts, grad, states, dstates, updates, errors)
-    _run(plan, call)
+    dstates, errors, dfirst = torch.empty_like(states), torch.empty_like(updates), call.states(call.docs)
+    with _Run(call, back=True) as run:
+        parts = _prepare_chunks(run)
+        ends, maps = _segment_ends(run, parts, state)
+        _walk(run, parts, state, ends, None, states=states, updates=updates)
+        _walk_back(run, parts, grad, grad_state, maps, dfirst, dstates, errors)
+        dq, dk, dv, ddecay, dbeta = _chunk_gradients(run, parts, grad, states, dstates, updates, errors)
     keys, values = q.shape[-1], v.shape[-1]
     first = None if state is None else _cut(dfirst, keys, values).to(state.dtype)
     return _cut(dq, keys), _cut(dk, keys), _cut(dv, values), ddecay, dbeta, first
@@ -152,23 +149,46 @@ class _Launch(NamedTuple):
 _compiled: dict[tuple, list] = {}
 
 
-def _run(plan: list[_Launch], call: _Call) -> None:
-    """Launch in order.
+class _Run:
+    """A call's kernels, launched in order.
 
     Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the kernels of a short
-    sequence. Here nothing of an argument but its type is compiled in, so the kind of the call finds all kernels at once.
+    sequence. Here nothing of an argument but its type is compiled in, so the kind of a call finds all its kernels at once; for
+    a kind that is new to this process they are compiled first, when all are known.
     """
-    if not call.q.is_cuda:  # Triton's interpreter
-        for kernel, grid, args, options in plan:
-            kernel[grid](*args, **options)
-        return
-    kind = (plan[-1].kernel, call.q.device, call.q.dtype, call.decay.dtype, call.beta.dtype, call.split)
-    kind += tuple(plan[0].options.values())
-    with torch.cuda.device_of(call.q):
-        if kind not in _compiled:
-            _compiled[kind] = _compile(plan)
-        for (kernel, constants), (_, grid, args, _) in zip(_compiled[kind], plan, strict=True):
-            kernel[grid](*args, *constants)
+
+    def __init__(self, call: _Call, *, back: bool) -> None:
+        self.call = call
+        self.q, self.k = _tokens(call.q, call.keys), _tokens(call.k, call.keys)
+        self.v = _tokens(call.v, call.block)
+        types = (call.q.device, call.q.dtype, call.decay.dtype, call.beta.dtype)
+        self.kind = (back, *types, call.keys, call.values, call.l2_norm, call.split, call.chunk_table is None)
+        self.compiled = iter(_compiled[self.kind]) if self.kind in _compiled else None
+        self.plan: list[_Launch] = []
+        self.device = torch.cuda.device_of(call.q)
+
+    def __call__(self, name: str, kernel: triton.JITFunction, grid: tuple, args: tuple, **constants: object) -> None:
+        """`name` as `_launch` knows it."""
+        if self.compiled is not None:
+            ready, values = next(self.compiled)
+            ready[grid](*args, *values)
+        else:
+            self.plan.append(_Launch(kernel, grid, args, self.call.options(name) | constants))
+
+    def __enter__(self) -> _Run:
+        self.device.__enter__()
+        return self
+
+    def __exit__(self, error: object, *rest: object) -> None:
+        if error is None and self.plan:
+            if self.call.q.is_cuda:
+                _compiled[self.kind] = _compile(self.plan)
+                for (ready, values), (_, grid, args, _) in zip(_compiled[self.kind], self.plan, strict=True):
+                    ready[grid](*args, *values)
+            else:  # Triton's interpreter
+                for kernel, grid, args, options in self.plan:
+                    kernel[grid](*args, **options)
+        self.device.__exit__(error, *rest)
 
 
 def _compile(plan: list[_Launch]) -> list[tuple]:
@@ -179,8 +199,8 @@ def _compile(plan: list[_Launch]) -> list[tuple]:
             kernel.warmup(*args, grid=grid, **options)
     found = []
     for kernel, grid, args, options in plan:
-        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-        found.append((kernel.warmup(*args, grid=grid, **options), constants))
+        values = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        found.append((kernel.warmup(*args, grid=grid, **options), values))
     return found
 
 
@@ -211,11 +231,11 @@ class _Call(NamedTuple):
         q, k, v = _rows(_fill(q, keys)), _rows(_fill(k, keys)), _rows(_fill(v, values))
         batch, length, heads, _ = q.shape
         if segment is None:
-            programs = heads * (values // _value_block(keys, values, q.dtype))
+            programs = heads * (values // _value_block(values, q.dtype))
             segment = _segment_tokens(length, batch, programs, _processors(q.device))
         if cu_seqlens is None:
-            segments = batch * triton.cdiv(length, segment)
-            chunks = batch * triton.cdiv(length, CHUNK)
+            segments = batch * _cdiv(length, segment)
+            chunks = batch * _cdiv(length, CHUNK)
             return cls(q, k, v, decay, beta, scale, l2_norm, batch, chunks, segments, segment, None, None, None)
         if batch != 1:
             raise ValueError(f"cu_seqlens needs one packed sequence, B = 1; found B = {batch}")
@@ -223,6 +243,10 @@ class _Call(NamedTuple):
         chunks, segments = length // CHUNK + docs, length // segment + docs
         tables = _tables(cu_seqlens, chunks, segments, segment)
         return cls(q, k, v, decay, beta, scale, l2_norm, docs, chunks, segments, segment, *tables)
+
+    @property
+    def length(self) -> int:
+        return self.q.shape[1]
 
     @property
     def heads(self) -> int:
@@ -235,6 +259,12 @@ class _Call(NamedTuple):
     @property
     def values(self) -> int:
         return self.v.shape[3]
+
+    @property
+    def block(self) -> int:
+        """Columns of S that a program holds. 64: S [128, 64] takes 64 of a thread's 255 registers, and two programs share a
+        processor. fp32 products are three each and their tiles twice as large: half the columns."""
+        return _value_block(self.values, self.q.dtype)
 
     @property
     def split(self) -> bool:
@@ -250,18 +280,15 @@ class _Call(NamedTuple):
     def states(self, count: int) -> Tensor:
         return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
 
-    def options(self, kind: str, **switches: object) -> dict:
+    def options(self, name: str) -> dict:
         """What every kernel takes: sizes, and the fixed choice of warps and stages."""
-        return (
-            {
-                "K": self.keys,
-                "V": self.values,
-                "VARLEN": self.chunk_table is not None,
-                "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
-            }
-            | _launch(kind, self.keys, self.q.dtype)
-            | switches
-        )
+        sizes = {
+            "K": self.keys,
+            "V": self.values,
+            "VARLEN": self.chunk_table is not None,
+            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
+        }
+        return sizes | _launch(name, self.keys, self.q.dtype)
 
 
 class _Parts(NamedTuple):
@@ -270,7 +297,7 @@ class _Parts(NamedTuple):
     All but T in fp32: loads of fewer than 4 bytes are not fetched ahead, and waiting for one costs as much as two products.
     """
 
-    solve: Tensor
+    solve: TensorDescriptor
     total: Tensor
     rows_q: Tensor
     rows_k: Tensor
@@ -279,9 +306,10 @@ class _Parts(NamedTuple):
 
 
 class _Maps(NamedTuple):
-    """M of each segment, and whether it is anything but 0."""
+    """M of each segment, M^T, and whether they are anything but 0."""
 
     move: Tensor
+    turned: Tensor
     moves: Tensor
 
 
@@ -318,48 +346,39 @@ def _tiles(x: Tensor, width: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel() // channels, channels], [channels, 1], [rows, width])
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _segment_tokens(length: int, batch: int, programs: int, processors: int) -> int:
     """As many segments as one wave of the card holds, two programs a processor, none shorter than four chunks."""
-    chunks = triton.cdiv(length, CHUNK)
+    chunks = _cdiv(length, CHUNK)
     pieces = max(1, min(2 * processors // (programs * batch), chunks // 4))
-    return CHUNK * triton.cdiv(chunks, pieces)
+    return CHUNK * _cdiv(chunks, pieces)
 
 
-def _value_block(keys: int, values: int, dtype: torch.dtype) -> int:
-    """Columns of S a program holds. 64: S [128, 64] takes 64 of a thread's 255 registers, and two programs share a processor.
-    fp32 products are three each and their tiles twice as large: half the columns."""
+def _value_block(values: int, dtype: torch.dtype) -> int:
     return min(values, 32 if dtype == torch.float32 else 64)
 
 
-def _gradient_block(keys: int, values: int, dtype: torch.dtype) -> int:
-    """Columns of S and dS that `_gradients` reads at once: a tile passes through registers, which its sums need."""
-    return min(values, 64 if keys <= 128 and dtype != torch.float32 else 32)
-
-
-def _launch(kind: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
+def _launch(name: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
     """The fixed choice of a kernel's stages and registers.
 
     Always four warps, one group of Hopper's matrix units: with two groups results were seen to change from run to run (a group's
     wait covers its own products only, and tiles that the other still reads are overwritten).
     """
     narrow = keys <= 128 and dtype != torch.float32
-    if kind == "prepare" and narrow:
-        # One long chain and no loop: with 128 registers four programs share a processor.
-        return {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
-    if kind == "scan" and narrow:
-        # With two stages Triton orders the next chunk's tiles only after this one's products; with three they come in time.
-        return {"num_warps": 4, "num_stages": 3}
-    if kind == "join" and narrow:
-        return {"num_warps": 4, "num_stages": 3}
-    if kind in ("outputs", "back") and narrow:
-        # Three stages would leave room for one program a processor.
-        return {"num_warps": 4, "num_stages": 2}
-    # `_gradients` has short loops, wide tiles no room: nothing to fetch ahead.
-    return {"num_warps": 4, "num_stages": 1}
+    if not narrow:  # Their tiles leave no room to fetch ahead.
+        return {"num_warps": 4, "num_stages": 1}
+    if name == "prepare":  # One long chain and no loop: with 168 registers three programs share a processor.
+        return {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+    # With two stages Triton orders the next chunk's tiles after this one's products, with three in time; but three of these
+    # walks' tiles leave room for one program a processor.
+    return {"num_warps": 4, "num_stages": 2 if name in ("outputs", "back") else 3}
 
 
 def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,40 +416,36 @@ def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[
     )
 
 
-def _prepare_chunks(plan: list[_Launch], call: _Call) -> _Parts:
-    q, k = call.q, call.k
+def _prepare_chunks(run: _Run) -> _Parts:
+    call = run.call
     shape = (call.chunks, call.heads)
-    solve = q.new_empty(*shape, CHUNK, CHUNK)
-    total, rows_q, rows_k, writes = vectors = q.new_empty(4, *shape, CHUNK, dtype=torch.float32).unbind()
-    reach = q.new_empty(shape, dtype=torch.float32)
+    solve = call.q.new_empty(*shape, CHUNK, CHUNK)
+    total, rows_q, rows_k, writes = vectors = call.q.new_empty(4, *shape, CHUNK, dtype=torch.float32).unbind()
+    reach = call.q.new_empty(shape, dtype=torch.float32)
     args = (
-        *(_tokens(q, call.keys), _tokens(k, call.keys), call.decay, call.beta),
-        *(solve, *vectors, reach, call.chunk_table),
+        *(run.q, run.k, call.decay, call.beta, solve, *vectors, reach, call.chunk_table),
         *(*call.decay.stride(), *call.beta.stride()),
-        *(q.shape[1], call.heads, call.scale, EPS),
+        *(call.length, call.heads, call.scale, EPS),
     )
-    options = call.options("prepare", L2=call.l2_norm)
-    plan.append(_Launch(_prepare, (call.heads * call.chunks, 1, 1), args, options))
-    return _Parts(solve, total, rows_q, rows_k, writes, reach)
+    run("prepare", _prepare, (call.heads * call.chunks, 1, 1), args, L2=call.l2_norm)
+    return _Parts(_tiles(solve, CHUNK), total, rows_q, rows_k, writes, reach)
 
 
-def _segment_ends(
-    plan: list[_Launch], call: _Call, parts: _Parts, state: Tensor | None
-) -> tuple[Tensor | None, _Maps | None]:
+def _segment_ends(run: _Run, parts: _Parts, state: Tensor | None) -> tuple[Tensor | None, _Maps | None]:
     """The state after each segment but a document's last, and the segments' maps; None if no document is split."""
+    call = run.call
     if not call.split:
         return None, None
     ends = call.states(call.segments)
-    moves = ends.new_empty(call.segments, call.heads, call.keys, call.keys)
-    maps = _Maps(moves, torch.empty(call.segments, call.heads, dtype=torch.int32, device=ends.device))
-    _walk(plan, call, parts, state, ends, None, maps=maps)
-    _join_segments(plan, call, ends, maps, back=False)
+    move, turned = ends.new_empty(2, call.segments, call.heads, call.keys, call.keys).unbind()
+    maps = _Maps(move, turned, ends.new_empty(call.segments, call.heads, dtype=torch.int32))
+    _walk(run, parts, state, ends, None, maps=maps)
+    _join_segments(run, ends, maps, back=False)
     return ends, maps
 
 
 def _walk(
-    plan: list[_Launch],
-    call: _Call,
+    run: _Run,
     parts: _Parts,
     state: Tensor | None,
     ends: Tensor | None,
@@ -442,30 +457,23 @@ def _walk(
     updates: Tensor | None = None,
 ) -> None:
     """Forwards through all segments: to find their maps, or else the outputs, or the states and updates of chunks."""
-    block = _value_block(call.keys, call.values, call.q.dtype)
-    columns = call.values // block + (triton.cdiv(call.keys, block) if maps else 0)
+    call = run.call
+    columns = call.values // call.block + (_cdiv(call.keys, call.block) if maps else 0)
     # Where a kernel reads and writes nothing stands something of the same type: one compiled kernel for all.
-    number, flag, tile = parts.total, parts.reach.view(torch.int32), parts.solve
-    move, moves = maps or (number, flag)
-    pointers = (
-        *(number if state is None else state, number if ends is None else ends, move, moves),
-        *(tile if x is None else x for x in (o, states, updates)),
-        number if final is None else final,
-    )
+    number, flag, tile = parts.total, parts.reach.view(torch.int32), parts.solve.base
+    numbers = [number if x is None else x for x in (state, ends, final)]
     args = (
-        *(_tokens(call.q, call.keys), _tokens(call.k, call.keys), _tokens(call.v, block)),
-        *(_tiles(parts.solve, CHUNK), *parts[1:]),
-        *pointers,
-        call.segment_table,
-        *(call.q.shape[1], call.heads, call.size, int(state is not None), int(final is not None), int(maps is not None)),
+        *(run.q, run.k, run.v, *parts, *numbers, *(maps or (number, number, flag))),
+        *(tile if x is None else x for x in (o, states, updates)),
+        *(call.segment_table, call.length, call.heads, call.size),
+        *(int(x is not None) for x in (state, final, maps)),
     )
-    options = call.options("scan" if o is None else "outputs", BV=block, OUTPUTS=o is not None)
-    plan.append(_Launch(_scan, (columns, call.heads, call.segments), args, options))
+    name = "scan" if o is None else "outputs"
+    run(name, _scan, (columns, call.heads, call.segments), args, BV=call.block, OUTPUTS=o is not None)
 
 
 def _walk_back(
-    plan: list[_Launch],
-    call: _Call,
+    run: _Run,
     parts: _Parts,
     grad: Tensor,
     grad_state: Tensor | None,
@@ -475,50 +483,42 @@ def _walk_back(
     errors: Tensor,
 ) -> None:
     """Backwards through all segments: the gradients of first states, of the state after each chunk, and of T's results."""
-    block = _value_block(call.keys, call.values, call.q.dtype)
+    call = run.call
     begins = dfirst if maps is None else call.states(call.segments)
+    given = dfirst if grad_state is None else grad_state
+    tiles = _tokens(grad, call.block)
     for find in (True, False) if maps else (False,):
         args = (
-            *(_tokens(grad, block), _tokens(call.q, call.keys), _tokens(call.k, call.keys)),
-            *(_tiles(parts.solve, CHUNK), *parts[1:]),
-            *(dfirst if grad_state is None else grad_state, begins, dfirst, dstates, errors, call.segment_table),
-            *(call.q.shape[1], call.heads, call.size, int(grad_state is not None), int(find)),
+            *(tiles, run.q, run.k, *parts, given, begins, dfirst, dstates, errors),
+            *(call.segment_table, call.length, call.heads, call.size, int(grad_state is not None), int(find)),
         )
-        grid = (call.values // block, call.heads, call.segments)
-        plan.append(_Launch(_scan_back, grid, args, call.options("back", BV=block)))
+        run("back", _scan_back, (call.values // call.block, call.heads, call.segments), args, BV=call.block)
         if find and maps is not None:
-            _join_segments(plan, call, begins, maps, back=True)
+            _join_segments(run, begins, maps, back=True)
 
 
-def _join_segments(plan: list[_Launch], call: _Call, states: Tensor, maps: _Maps, *, back: bool) -> None:
+def _join_segments(run: _Run, states: Tensor, maps: _Maps, *, back: bool) -> None:
+    call = run.call
     block = min(call.values, 32)
     rows = call.keys if call.keys <= 128 and call.q.dtype != torch.float32 else 64
-    args = (states, *maps, call.first_segments, call.q.shape[1], call.heads, call.size)
-    options = call.options("join", BV=block, BR=rows, BACK=back)
-    plan.append(_Launch(_join, (call.values // block, call.heads, call.docs), args, options))
+    move = maps.turned if back else maps.move
+    args = (states, move, maps.moves, call.first_segments, call.length, call.heads, call.size, int(back))
+    run("join", _join, (call.values // block, call.heads, call.docs), args, BV=block, BR=rows)
 
 
 def _chunk_gradients(
-    plan: list[_Launch],
-    call: _Call,
-    parts: _Parts,
-    grad: Tensor,
-    states: Tensor,
-    dstates: Tensor,
-    updates: Tensor,
-    errors: Tensor,
+    run: _Run, parts: _Parts, grad: Tensor, states: Tensor, dstates: Tensor, updates: Tensor, errors: Tensor
 ) -> tuple[Tensor, ...]:
-    q, k, v, decay, beta = inputs = (call.q, call.k, call.v, call.decay, call.beta)
+    call = run.call
+    inputs = (call.q, call.k, call.v, call.decay, call.beta)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
-    block = _gradient_block(call.keys, call.values, call.q.dtype)
+    block = min(call.values, 32)  # A tile of S passes through registers, which the sums need.
     args = (
-        *(_tokens(grad, block), _tokens(q, call.keys), _tokens(k, call.keys), _tokens(v, block), *parts[1:5]),
+        *(_tokens(grad, block), run.q, run.k, _tokens(call.v, block), *parts[1:5]),
         *(_tiles(x, block) for x in (states, dstates, updates, errors)),
-        *(*grads, call.chunk_table),
-        *(q.shape[1], call.heads, call.scale),
+        *(*grads, call.chunk_table, call.length, call.heads, call.scale),
     )
-    options = call.options("gradients", L2=call.l2_norm, BV=block)
-    plan.append(_Launch(_gradients, (call.heads * call.chunks, 1, 1), args, options))
+    run("gradients", _gradients, (call.heads * call.chunks, 1, 1), args, L2=call.l2_norm, BV=block)
     return grads
 
 
@@ -683,12 +683,13 @@ def _scan(
     reach,
     state,
     ends,
+    final,
     move,
+    turned,
     moves,
     o,
     states,
     updates,
-    final,
     table,
     length,
     heads,
@@ -755,17 +756,19 @@ def _scan(
             qt = _tile(q, doc, head, at, 0, VARLEN)
             factor_q = tl.load(rows_q + item * _C + rows)
             y = tl.dot(qt, held, input_precision=PRECISION)
-        x = write[:, None] * (tl.where(of_values, vt.to(tl.float32), 0.0) - (factor_k * tl.exp2(g))[:, None] * x)
+            scores = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+            scores *= tl.exp2(tl.where(rows[:, None] >= rows[None, :], g[:, None] - g[None, :], float("-inf")))
+            scores = scores.to(dtype)
+        written = write * tl.where(of_values, 1.0, 0.0)
+        x = written[:, None] * vt.to(tl.float32) - (write * factor_k * tl.exp2(g))[:, None] * x
         u = tl.dot(tt, x.to(dtype), input_precision=PRECISION)
-        fall = factor_k * tl.exp2(tl.minimum(g_end - g, 0.0))
-        s = tl.dot(tl.trans(kt), (u * fall[:, None]).to(dtype), s * tl.exp2(g_end), input_precision=PRECISION)
+        added = u * factor_k[:, None]
+        falling = (added * tl.exp2(g_end - g)[:, None]).to(dtype)
+        s = tl.dot(tl.trans(kt), falling, s * tl.exp2(g_end), input_precision=PRECISION)
         # Stores come last: a product waits for those before it.
         if OUTPUTS:
-            scores = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-            between = tl.exp2(tl.minimum(g[:, None] - g[None, :], 0.0)) * (factor_q[:, None] * factor_k[None, :])
-            scores = tl.where(rows[:, None] >= rows[None, :], scores * between, 0.0)
-            y *= (factor_q * tl.exp2(g))[:, None]
-            y = tl.dot(scores.to(dtype), u.to(dtype), y, input_precision=PRECISION)
+            y *= tl.exp2(g)[:, None]
+            y = tl.dot(scores, added.to(dtype), y, input_precision=PRECISION) * factor_q[:, None]
             token = at.to(tl.int64)
             if not VARLEN:
                 token += doc.to(tl.int64) * length
@@ -781,7 +784,9 @@ def _scan(
         if (has_final != 0) & (last != 0):
             tl.store(final + here + cell, s)
     elif of_map:
-        tl.store(move + item * K * K + channels[:, None] * K + columns[None, :], s, mask=(columns < K)[None, :])
+        of_keys = (columns < K)[None, :]
+        tl.store(move + item * K * K + channels[:, None] * K + columns[None, :], s, mask=of_keys)
+        tl.store(turned + item * K * K + columns[None, :] * K + channels[:, None], s, mask=of_keys)
         if column == V // BV:
             tl.store(moves + item, whole.to(tl.int32))
     else:
@@ -849,7 +854,6 @@ def _scan_back(
     for n in range(0, used):
         c = used - 1 - n
         at = start + c * _C
-        valid = rows < stop - at
         item = (chunk + c).to(tl.int64) * heads + head
         line = ((chunk + c) * heads + head) * _C
         qt = _tile(q, doc, head, at, 0, VARLEN)
@@ -886,7 +890,7 @@ def _scan_back(
         tl.store(dfirst + here + cell, ds)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "size"])
+@triton.jit(do_not_specialize=["length", "heads", "size", "back"])
 def _join(
     states,
     move,
@@ -895,15 +899,16 @@ def _join(
     length,
     heads,
     size,
+    back,
     BV: tl.constexpr,
     BR: tl.constexpr,
-    BACK: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A document's segments in order, in place: states[n] += M_n states[n - 1]; backwards states[n] += M_n^T states[n + 1].
+    """A document's segments in order, in place: states[n] += M_n states[n - 1]. Backwards, with
+    M^T for M: states[n] += M_n^T states[n + 1].
 
     Where M is too large for a processor its rows go in blocks of BR, and S passes through memory.
     """
@@ -925,8 +930,8 @@ def _join(
         some += tl.max(tl.load(moves + (begin + n).to(tl.int64) * heads + head, mask=inner, other=0), 0)
     if some == 0:
         return
-    item = (begin + (count - 1 if BACK else 0)).to(tl.int64) * heads + head
-    step = -heads if BACK else heads
+    item = (begin + tl.where(back != 0, count - 1, 0)).to(tl.int64) * heads + head
+    step = tl.where(back != 0, -heads, heads)
     s = tl.load(states + item * K * V + cell)
     for _ in range(1, count - 1):
         item += step
@@ -934,10 +939,7 @@ def _join(
             s = tl.load(states + (item - step) * K * V + cell)
         for row in tl.static_range(0, K, BR):
             r = row + tl.arange(0, BR)
-            if BACK:
-                m = tl.load(move + item * K * K + channels[None, :] * K + r[:, None])
-            else:
-                m = tl.load(move + item * K * K + r[:, None] * K + channels[None, :])
+            m = tl.load(move + item * K * K + r[:, None] * K + channels[None, :])
             own = states + item * K * V + r[:, None] * V + columns[None, :]
             found = tl.dot(m, s, tl.load(own), input_precision=PRECISION)
             tl.store(own, found)
