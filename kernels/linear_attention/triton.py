@@ -1000,7 +1000,8 @@ def _gradients(
         dG = q . dq + k . (the rising part - the falling part), and at the last token also that of G_C
 
     A norm's backward takes a row's own direction away: with y = r x, dx = r (dy - y (y . dy)). There is one sum [64, K] at a time,
-    and each part reads its tiles again: registers are what is short.
+    and each part reads its tiles again: registers are what is short. F and H are rounded alike where they stand and where they are
+    turned (which is why k's sum is in units of the scale): dG is a sum of differences, and what cancels must cancel exactly.
     """
     head, index = tl.program_id(0) % heads, tl.program_id(0) // heads
     doc, start, stop, _, _, _ = _piece(table, index, length, _C, VARLEN)
@@ -1061,7 +1062,9 @@ def _gradients(
     rise = tl.exp2(tl.load(total + item * _C + rows))
     kt = _tile(k, doc, head, start, 0, VARLEN)
     db -= (tl.sum(h * gram, 1) + tl.sum(y * kt.to(tl.float32), 1) * rise) * factor
-    y = tl.dot(h.to(dtype), kt, y * rise[:, None], input_precision=PRECISION) * -write[:, None]
+    taken = -write / scale
+    h *= taken[:, None]
+    y = tl.dot(h.to(dtype), kt, y * (taken * rise)[:, None], input_precision=PRECISION)
     up = tl.sum(y * kt.to(tl.float32), 1)
     tl.store(dbeta + line + rows * heads, db.to(dbeta.dtype.element_ty), mask=valid)
 
@@ -1075,21 +1078,22 @@ def _gradients(
         f = tl.dot(u, tl.trans(_tile(grad, doc, head, start, at, VARLEN)), f, input_precision=PRECISION)
         h = tl.dot(u, tl.trans(errors.load([local, at])), h, input_precision=PRECISION)
         ds = dstates.load([cell, at])
-        carried = (u.to(tl.float32) * fall[:, None]).to(dtype)
+        carried = (u.to(tl.float32) * (fall / scale)[:, None]).to(dtype)
         y = tl.dot(carried, tl.trans(ds), y, input_precision=PRECISION)
     factor = tl.load(rows_k + item * _C + rows)
     kt = _tile(k, doc, head, start, 0, VARLEN)
-    whole = tl.sum((tl.sum(y * kt.to(tl.float32), 1) - up) * factor, 0)
+    whole = tl.sum((tl.sum(y * kt.to(tl.float32), 1) - up) * factor, 0) * scale
     between = _between(total, item, True)
-    f = tl.where(j >= i, f * between, 0.0) * tl.load(rows_q + item * _C + rows)[None, :]
-    h = tl.where(j > i, h * between, 0.0) * (-write * factor)[None, :]
+    f = tl.where(j >= i, f * between, 0.0) * (tl.load(rows_q + item * _C + rows) / scale)[None, :]
+    h = tl.where(j > i, h * between, 0.0) * (taken * factor)[None, :]
     y = tl.dot(f.to(dtype), _tile(q, doc, head, start, 0, VARLEN), y, input_precision=PRECISION)
     y = tl.dot(h.to(dtype), kt, y, input_precision=PRECISION)
     both = tl.sum(y * kt.to(tl.float32), 1)
+    factor *= scale
     dg += (2.0 * up - both) * factor
     y *= factor[:, None]
     if L2:
-        y -= (factor * factor * factor * both)[:, None] * kt.to(tl.float32)
+        y -= (factor * factor * factor / (scale * scale) * both)[:, None] * kt.to(tl.float32)
     tl.store(dk + row_k, y.to(dk.dtype.element_ty), mask=valid[:, None])
 
     # e^{G_C} also multiplies S.
