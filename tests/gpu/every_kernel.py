@@ -46,9 +46,11 @@ def main() -> None:
         for reset in (False, True):
             causal_conv(dtype, reset)
         given = FUSION_BACKWARD.inputs(SMALL, 37, device, dtype)
-        fusion.backward(**given, norm_full=True, eps=1e-6)
-        given.pop("grad")
-        fusion.forward(**given, norm_full=True, eps=1e-6)
+        grad = given.pop("grad")
+        for norm_full, scales in ((False, SMALL.linear), (True, SMALL.heads)):
+            given["gamma"] = torch.rand(scales, device=device)
+            fusion.forward(**given, norm_full=norm_full, eps=1e-6)
+            fusion.backward(grad, **given, norm_full=norm_full, eps=1e-6)
         decode.forward(**DECODE.inputs(SMALL, 3, device, dtype), scale=None, eps=1e-6)
     torch.cuda.synchronize()
     print("every kernel ran")
