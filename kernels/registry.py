@@ -136,7 +136,7 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
         ),
         "linear_attention": (
             Implementation(
-                "flash_qla", _here("linear_attention", "flash_qla"), (FORWARD,), HALF,
+                "flash_qla", _here("linear_attention", "flash_qla"), (FORWARD, BACKWARD), HALF,
                 {"K": (128,), "V": (128,)}, {"gated_delta", "state", "varlen"}, hopper, FLASH_QLA,
             ),
             Implementation(

@@ -99,6 +99,20 @@ def _flash_qla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> 
     return chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, output_final_state=True)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Outputs:
+    """Our own kernels, which the operator takes where no faster ones are installed."""
+    from hydrasurgery.kernels.linear_attention import triton
+
+    return triton.forward(q, k, v, decay, beta, None)
+
+
+def _triton_training(inputs: Inputs) -> Outputs:
+    from hydrasurgery.kernels.linear_attention import triton
+
+    *tensors, grad = (x.detach() for x in inputs.values())
+    return triton.forward(*tensors, None)[0], *triton.backward(grad, None, *tensors, None)[:5]
+
+
 def _exact_linear(inputs: Inputs) -> Outputs:
     return linear_reference.forward(**inputs, state=None, rule="gated_delta", scale=None)
 
@@ -135,6 +149,7 @@ LINEAR_FORWARD = Suite(
     "linear-forward", "tokens", (4096, 16384, 65536, 262144, 524288), _linear_inputs,
     (
         Contender("hydra", lambda x: ops.linear_attention(**x), cuda_only=False),
+        Contender("hydra, triton", lambda x: _triton(**x), registry.TRITON),
         Contender("fla", lambda x: _fla(**x), registry.FLA),
         Contender("flash_qla", lambda x: _flash_qla(**x), registry.FLASH_QLA),
     ),
@@ -145,6 +160,7 @@ LINEAR_TRAINING = Suite(
     "linear-training", "tokens", (4096, 16384, 65536), _training_inputs,
     (
         Contender("hydra", _trained(ops.linear_attention), cuda_only=False),
+        Contender("hydra, triton", _triton_training, registry.TRITON),
         Contender("fla", _trained(_fla), registry.FLA),
         Contender("flash_qla", _trained(_flash_qla), registry.FLASH_QLA),
     ),

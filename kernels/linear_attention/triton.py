@@ -355,9 +355,10 @@ def _processors(device: torch.device) -> int:
 
 
 def _segment_tokens(length: int, batch: int, programs: int, processors: int) -> int:
-    """As many segments as one wave of the card holds, two programs a processor, none shorter than four chunks."""
-    chunks = _cdiv(length, CHUNK)
-    pieces = max(1, min(2 * processors // (programs * batch), chunks // 4))
+    """As many segments as give each processor a program, none shorter than four chunks; or two, which wait for each other in
+    part, where no segment is shorter than ten."""
+    chunks, places = _cdiv(length, CHUNK), processors // (programs * batch)
+    pieces = max(1, min(places, chunks // 4), min(2 * processors // (programs * batch), chunks // 10))
     return CHUNK * _cdiv(chunks, pieces)
 
 
