@@ -129,6 +129,10 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
                 {"window", "softcap", "more keys than queries"}, ampere, FLASH_ATTN,
             ),
             Implementation(
+                "triton", _here("attention", "triton"), (DECODE,), FLOAT, {"D": range(1, 257)},
+                {"mask", "sinks", "softcap", "window", "more keys than queries", "a value width of its own"}, ampere, TRITON,
+            ),
+            Implementation(
                 "sdpa, masked", _here("attention", "sdpa"), forward, FLOAT, {},
                 {"mask", "window", "more keys than queries", "a value width of its own"}, ampere,
             ),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hydrasurgery.kernels.attention import reference as attention_reference
 from hydrasurgery.kernels.causal_conv import reference as conv_reference
 from hydrasurgery.kernels.decode_step import reference as decode_reference
 from hydrasurgery.kernels.scale_norm_fusion import reference as fusion_reference
@@ -198,3 +199,56 @@ def test_decode_step_keeps_slow_decays():
     kernel("decode_step").forward(*inputs, state, [], scale=None, eps=1e-6)
     decode_reference.forward(*wide(inputs), exact, [], scale=None, eps=1e-6)
     torch.testing.assert_close(state.double(), exact, rtol=1e-6, atol=0)
+
+
+# --- attention of one query ---------------------------------------------------------------------------------------------------
+
+
+def seen_keys(kind: str, batch: int, heads: int, keys: int) -> Tensor | None:
+    """A mask of [B, 1 or H, 1, S]: any keys, each at random; a row may see none. "added" has -inf, finite numbers elsewhere."""
+    if kind == "none":
+        return None
+    shown = torch.rand(batch, heads if kind == "by head" else 1, 1, keys, device=DEVICE) < 0.6
+    if kind != "added":
+        return shown
+    shown[..., 0] = True
+    return torch.where(shown, torch.randn(shown.shape, device=DEVICE), -torch.inf)
+
+
+@FEW
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 300)),
+    widths=st.sampled_from([(8, 8), (20, 12), (64, 64), (128, 256)]),
+    kind=st.sampled_from(["none", "bool", "by head", "added"]),
+    window=st.sampled_from([None, 1, 70]),
+    softcap=st.sampled_from([None, 5.0]),
+    sinks=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_attention_of_one_query(shape, widths, kind, window, softcap, sinks, dtype):
+    batch, groups, each, keys = shape
+    heads, (dim, values) = groups * each, widths
+    q = normal(batch, 1, heads, dim, dtype=dtype).transpose(1, 2)
+    # A static cache: only a part of it, and what no head sees is not read.
+    cache = normal(batch, groups, keys + 7, dim + values, dtype=dtype)
+    mask = seen_keys(kind, batch, heads, keys)
+    if kind == "bool":
+        hidden = ~mask.expand(batch, groups, 1, keys)[:, :, 0, :, None]
+        cache[:, :, :keys] = torch.where(hidden, torch.nan, cache[:, :, :keys])
+    k, v = cache[:, :, :keys, :dim], cache[:, :, :keys, dim:]
+    sink = normal(heads) if sinks else None
+    options = {"scale": None, "causal": True, "window": window, "softcap": softcap}
+    found = kernel("attention").forward(q, k, v, mask, sink, **options)
+    wanted = attention_reference.forward(*wide((q, k.nan_to_num(), v.nan_to_num(), mask, sink)), **options)
+    assert found.shape == wanted.shape
+    compare((found,), (wanted,), dtype)
+
+
+def test_a_query_that_sees_nothing_gives_nothing():
+    q, k, v = normal(1, 2, 1, 16), normal(1, 1, 130, 16), normal(1, 1, 130, 16)
+    mask = torch.zeros(1, 1, 1, 130, dtype=torch.bool, device=DEVICE)
+    options = {"scale": None, "causal": True, "window": None, "softcap": None}
+    assert not kernel("attention").forward(q, k, v, mask, None, **options).any()
+    lowest = torch.full((1, 1, 1, 130), torch.finfo(torch.float32).min, device=DEVICE)
+    found = kernel("attention").forward(q, k, v, lowest, None, **options)
+    torch.testing.assert_close(found[0, 0], v[0].mean(1).expand(2, 16))

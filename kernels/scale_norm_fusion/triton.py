@@ -186,6 +186,7 @@ def backward(
     if rows:
         results = _pointers((dfull, dlinear, partial, dgate))
         words = _words(linear_heads)
+        options["num_warps"] = 8  # It holds twice as many values as the forward.
         _backward_kernel[(programs,)](grad, *_pointers(inputs), *results, rows, *words, eps, **options)
     dgamma = partial.sum(0)
     if not norm_full:
@@ -214,8 +215,8 @@ def _signed(word: int) -> int:
 
 
 def _wave(device: torch.device) -> int:
-    """Programs that a card holds at once, about: each has four warps."""
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    """Programs of eight warps that a card holds at once, about."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _options(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None, norm_full: bool) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from hydrasurgery.bench.cases import DECODE, FUSION_BACKWARD, Layer
+from hydrasurgery.kernels.attention import triton as attention
 from hydrasurgery.kernels.causal_conv import triton as conv
 from hydrasurgery.kernels.decode_step import triton as decode
 from hydrasurgery.kernels.linear_attention import triton as linear
@@ -34,6 +35,16 @@ def causal_conv(dtype: torch.dtype, reset: bool) -> None:
     conv.backward(torch.randn_like(y), torch.randn_like(tail), x, weight, state, starts)
 
 
+def attention_of_one_query(dtype: torch.dtype) -> None:
+    q, k, v = (
+        torch.randn(2, heads, length, 80, device="cuda", dtype=dtype) for heads, length in ((6, 1), (2, 130), (2, 130))
+    )
+    mask = torch.rand(2, 1, 1, 130, device="cuda") < 0.5
+    options = {"scale": None, "causal": True}
+    attention.forward(q, k, v, mask, None, window=None, softcap=None, **options)
+    attention.forward(q, k, v, None, torch.randn(6, device="cuda"), window=70, softcap=5.0, **options)
+
+
 def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda")
@@ -45,6 +56,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for reset in (False, True):
             causal_conv(dtype, reset)
+        attention_of_one_query(dtype)
         given = FUSION_BACKWARD.inputs(SMALL, 37, device, dtype)
         grad = given.pop("grad")
         for norm_full, scales in ((False, SMALL.linear), (True, SMALL.heads)):
