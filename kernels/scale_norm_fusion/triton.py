@@ -53,12 +53,12 @@ def _place(row, low, high, HEADS: tl.constexpr):
 
 @triton.jit
 def _load_row_block(
-    full, linear, gamma, gate, start, rows, low, high,
+    full, linear, gamma, gate, rows, low, high,
     HEADS: tl.constexpr, LINEAR: tl.constexpr, DIM: tl.constexpr, NORM_FULL: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What both ways need of a block: where it lies, the values, and the factors of its rows."""
-    row = start.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     live = row < rows
     token, slot, is_linear, place = _place(row, low, high, HEADS)
@@ -96,7 +96,7 @@ def _forward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column, live, _, _, _, _, x, scaled, scale, gates = _load_row_block(
-        full, linear, gamma, gate, tl.program_id(0), rows, low, high, HEADS, LINEAR, DIM, NORM_FULL, GATE, ROWS, BLOCK
+        full, linear, gamma, gate, rows, low, high, HEADS, LINEAR, DIM, NORM_FULL, GATE, ROWS, BLOCK
     )
     r = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
     y = tl.where(scaled[:, None], x * r[:, None] * scale * gates, x)
@@ -110,34 +110,29 @@ def _backward_kernel(
     HEADS: tl.constexpr, LINEAR: tl.constexpr, DIM: tl.constexpr, NORM_FULL: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every so many blocks, so many that a row of the block is always of the same head: it sums d gamma."""
-    share = tl.zeros((ROWS,), tl.float32)
-    for n in range(0, tl.cdiv(rows, ROWS * tl.num_programs(0))):
-        block = n * tl.num_programs(0) + tl.program_id(0)
-        row, column, live, is_linear, is_full, at_linear, at_full, x, scaled, scale, gates = _load_row_block(
-            full, linear, gamma, gate, block, rows, low, high, HEADS, LINEAR, DIM, NORM_FULL, GATE, ROWS, BLOCK
-        )
-        inside = column[None, :] < DIM
-        dy = tl.load(grad + row[:, None] * DIM + column[None, :], mask=live[:, None] & inside, other=0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
-        normal = x * r
-        product = dy * normal
-        share += tl.sum(product * gates, axis=1)
-        at = at_linear[:, None] * DIM + column[None, :]
-        if GATE == 1:
-            found = tl.sum(product, axis=1)[:, None] * scale
-            tl.store(dgate + at_linear[:, None], found.to(dgate.dtype.element_ty), mask=is_linear[:, None])
-        if GATE == 2:
-            tl.store(dgate + at, (product * scale).to(dgate.dtype.element_ty), mask=is_linear[:, None] & inside)
-        dn = dy * scale * gates
-        dx = r * (dn - normal * (tl.sum(dn * normal, axis=1) / DIM)[:, None])
-        dx = tl.where(scaled[:, None], dx, dy)
-        if LINEAR > 0:
-            tl.store(dlinear + at, dx.to(dlinear.dtype.element_ty), mask=is_linear[:, None] & inside)
-        if LINEAR < HEADS:
-            where = at_full[:, None] * DIM + column[None, :]
-            tl.store(dfull + where, dx.to(dfull.dtype.element_ty), mask=is_full[:, None] & inside)
-    tl.store(dgamma + tl.program_id(0) * ROWS + tl.arange(0, ROWS), share)
+    row, column, live, is_linear, is_full, at_linear, at_full, x, scaled, scale, gates = _load_row_block(
+        full, linear, gamma, gate, rows, low, high, HEADS, LINEAR, DIM, NORM_FULL, GATE, ROWS, BLOCK
+    )
+    inside = column[None, :] < DIM
+    dy = tl.load(grad + row[:, None] * DIM + column[None, :], mask=live[:, None] & inside, other=0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
+    n = x * r
+    product = dy * n
+    tl.store(dgamma + row, tl.sum(product * gates, axis=1), mask=live)
+    at = at_linear[:, None] * DIM + column[None, :]
+    if GATE == 1:
+        found = tl.sum(product, axis=1)[:, None] * scale
+        tl.store(dgate + at_linear[:, None], found.to(dgate.dtype.element_ty), mask=is_linear[:, None])
+    if GATE == 2:
+        tl.store(dgate + at, (product * scale).to(dgate.dtype.element_ty), mask=is_linear[:, None] & inside)
+    dn = dy * scale * gates
+    dx = r * (dn - n * (tl.sum(dn * n, axis=1) / DIM)[:, None])
+    dx = tl.where(scaled[:, None], dx, dy)
+    if LINEAR > 0:
+        tl.store(dlinear + at, dx.to(dlinear.dtype.element_ty), mask=is_linear[:, None] & inside)
+    if LINEAR < HEADS:
+        where = at_full[:, None] * DIM + column[None, :]
+        tl.store(dfull + where, dx.to(dfull.dtype.element_ty), mask=is_full[:, None] & inside)
 
 
 def forward(
@@ -151,16 +146,14 @@ def forward(
     eps: float,
 ) -> Tensor:
     """As `reference.forward`: contiguous [B, T, H, D], every head in its own slot."""
-    inputs, options = _contiguous(o_full, o_linear, gamma, gate), _options(o_full, o_linear, gate, norm_full)
+    inputs, (grid, options) = _contiguous(o_full, o_linear, gamma, gate), _launch(o_full, o_linear, gate, norm_full)
     given = [o for o in (o_full, o_linear) if o is not None]
     batch, length, _, dim = given[0].shape
     dtype = torch.promote_types(given[0].dtype, given[-1].dtype)
     out = gamma.new_empty(batch, length, options["HEADS"], dim, dtype=dtype)
     rows = out.numel() // dim
     if rows:
-        _forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-            *_pointers(inputs), out, rows, *_words(linear_heads), eps, **options
-        )
+        _forward_kernel[grid(rows)](*_pointers(inputs), out, rows, *_words(linear_heads), eps, **options)
     return out
 
 
@@ -175,19 +168,17 @@ def backward(
     norm_full: bool,
     eps: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """As `reference.backward`. Programs leave their shares of d gamma, summed in a fixed order."""
-    inputs, options = _contiguous(o_full, o_linear, gamma, gate), _options(o_full, o_linear, gate, norm_full)
+    """As `reference.backward`. Every row leaves its share of d gamma, summed over the tokens in a fixed order."""
+    inputs, (grid, options) = _contiguous(o_full, o_linear, gamma, gate), _launch(o_full, o_linear, gate, norm_full)
     grad = grad.contiguous()
     batch, length, heads, dim = grad.shape
     rows = batch * length * heads
     dfull, dlinear, _, dgate = (None if x is None else torch.empty_like(x) for x in inputs)
-    programs = heads * min(triton.cdiv(rows, options["ROWS"] * heads), triton.cdiv(_wave(grad.device), heads))
-    partial = torch.empty(programs * options["ROWS"] // heads, heads, dtype=torch.float32, device=grad.device)
+    partial = torch.empty(batch * length, heads, dtype=torch.float32, device=grad.device)
     if rows:
         results = _pointers((dfull, dlinear, partial, dgate))
         words = _words(linear_heads)
-        options["num_warps"] = 8  # It holds twice as many values as the forward.
-        _backward_kernel[(programs,)](grad, *_pointers(inputs), *results, rows, *words, eps, **options)
+        _backward_kernel[grid(rows)](grad, *_pointers(inputs), *results, rows, *words, eps, **options)
     dgamma = partial.sum(0)
     if not norm_full:
         dgamma = torch.cat([dgamma.new_empty(0), *(dgamma[slot : slot + 1] for slot in linear_heads)])
@@ -214,23 +205,20 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
-def _wave(device: torch.device) -> int:
-    """Programs of eight warps that a card holds at once, about."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _options(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None, norm_full: bool) -> dict:
-    """The constants of the kernels."""
+def _launch(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None, norm_full: bool):
+    """(rows -> grid, the constants of the kernels)."""
     full, linear = (0 if o is None else o.shape[2] for o in (o_full, o_linear))
     dim = (o_full if o_full is not None else o_linear).shape[3]  # type: ignore[union-attr]
     block = triton.next_power_of_2(dim)
-    return {
+    size = max(1, ELEMENTS // block)
+    options = {
         "HEADS": full + linear,
         "LINEAR": linear,
         "DIM": dim,
         "NORM_FULL": norm_full,
         "GATE": 0 if gate is None else 1 if gate.shape[-1] == 1 < dim else 2,
-        "ROWS": max(1, ELEMENTS // block),
+        "ROWS": size,
         "BLOCK": block,
         "num_warps": 4,
     }
+    return lambda rows: (triton.cdiv(rows, size),), options
