@@ -1,7 +1,8 @@
 """Check and time the Triton kernels of `hydra::linear_attention` on the GPU at hand: `python -m tests.gpu.check_linear_attention`.
 
 Errors are ||x - reference|| / ||reference|| against the reference in float64. Times are medians in milliseconds, of calls that
-are waited for and of replays of a CUDA graph. `--peers` times fla's own kernels and FlashQLA beside them, where they are installed;
+are waited for and of replays of a CUDA graph. `--peers` times the operator, with what the registry chooses, and fla's own kernels
+and FlashQLA beside them, where they are installed;
 `--unchecked` only times; `--cold` measures the first call in a fresh process with an empty Triton cache. `--profile` makes one pass
 for a profiler: `ncu --profile-from-start off --set full python -m tests.gpu.check_linear_attention --profile`.
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hydrasurgery import ops
 from hydrasurgery.kernels.linear_attention import reference
 from hydrasurgery.kernels.linear_attention import triton as kernel
 
@@ -185,8 +187,13 @@ def peer(function, given: dict[str, Tensor], grad: Tensor, back: bool) -> Callab
     return call
 
 
+def operator(q, k, v, decay, beta, *, scale, initial_state, output_final_state):
+    """The operator, with whatever kernels the registry chooses here."""
+    return ops.linear_attention(q, k, v, decay, beta, initial_state, scale=scale)
+
+
 def peers() -> dict[str, Callable]:
-    found = {}
+    found = {"the operator": operator}
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
