@@ -104,7 +104,15 @@ def test_only_masks_that_are_causal_are_dropped() -> None:
     assert attention_masks(make("mistral"), ids, more) == [1, 1]  # a window of 8 tokens
 
 
-def test_an_unknown_rewrite_is_named() -> None:
-    run = torch.compile(make("llama"), backend="hydra", options={"pipeline": "fold-everything"})
-    with pytest.raises(Exception, match="no graph rewrite is called 'fold-everything'; known: drop-causal-masks"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline": "fold-everything"}, "no graph rewrite is called 'fold-everything'; known: drop-causal-masks"),
+        ({"plan": "plan.json"}, r"rewrite first: torch\.compile\(hydrasurgery\.rewrite\(model, plan\), backend='hydra'\)"),
+        ({"fast": True}, "the backend has no option 'fast'; it has pipeline, mode, inner"),
+    ],
+)
+def test_what_the_backend_does_not_know_is_named(options: dict[str, Any], message: str) -> None:
+    run = torch.compile(tiny("llama", num_hidden_layers=1), backend="hydra", options=options)
+    with pytest.raises(Exception, match=message):
         run(tokens(5), use_cache=False)

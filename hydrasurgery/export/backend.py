@@ -41,9 +41,14 @@ def hydra(
             "inductor"); the others are Inductor's, or those of the inner backend.
 
     Raises:
-        PipelineError: the pipeline names an unknown rewrite.
+        PipelineError: the pipeline names an unknown rewrite, or an option is none of these ("plan" is none: see docs/export.md).
     """
     rest = dict(options or {})
+    if "plan" in rest:
+        raise PipelineError(
+            "a plan is no option of the backend, which sees a graph and not the module that it would have to change; "
+            "rewrite first: torch.compile(hydrasurgery.rewrite(model, plan), backend='hydra')"
+        )
     pipeline, inner = rest.pop("pipeline", PIPELINE), rest.pop("inner", "inductor")
     mode = rest.pop("mode", mode)
     for name in filter(None, (part.strip() for part in pipeline.split(","))):
@@ -58,9 +63,15 @@ def _hand_on(
     graph: fx.GraphModule, inputs: list[Any], inner: str, mode: str | None, options: dict[str, Any]
 ) -> Callable[..., Any]:
     if inner == "inductor":
-        from torch._inductor import list_mode_options
+        from torch._inductor import config, list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
+        unknown = sorted(options.keys() - config.get_config_copy().keys())
+        if unknown:
+            raise PipelineError(
+                f"the backend has no option {unknown[0]!r}; it has pipeline, mode, inner and what "
+                "torch._inductor.list_options() names"
+            )
         patches = {**(list_mode_options(mode) if mode else {}), **options}
         compiled: Any = compile_fx(graph, inputs, config_patches=patches)
         return compiled
