@@ -108,7 +108,10 @@ def test_only_masks_that_are_causal_are_dropped() -> None:
     ("options", "message"),
     [
         ({"pipeline": "fold-everything"}, "no graph rewrite is called 'fold-everything'; known: drop-causal-masks"),
-        ({"plan": "plan.json"}, r"rewrite first: torch\.compile\(hydrasurgery\.rewrite\(model, plan\), backend='hydra'\)"),
+        (
+            {"plan": "plan.json"},
+            r"rewrite first: torch\.compile\(hydrasurgery\.rewrite\(model, plan\), backend='hydra'\)",
+        ),
         ({"fast": True}, "the backend has no option 'fast'; it has pipeline, mode, inner"),
     ],
 )
