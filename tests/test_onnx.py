@@ -25,8 +25,8 @@ ONNX_FAMILIES = "qwen3 llama gemma2 gemma3_text phi3 mixtral gpt2 olmo2".split()
 TWO_LAYERS = ("qwen3", "gemma2", "gemma3_text")  # the last two have layers of two kinds
 
 
-def make(family: str, **changes: object) -> Any:
-    model = tiny(family, **changes)
+def make(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Any:
+    model = tiny(family, **changes).to(dtype)
     return stir(hs.rewrite(model, half_plan(model)))
 
 
@@ -128,8 +128,33 @@ def test_all_linear_keeps_no_keys_and_float16_runs(tmp_path: Path) -> None:
     assert np.abs(logits - expected.detach().numpy())[real].max() < 2e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
+def test_float16_runs_as_exactly_as_in_torch(family: str, tmp_path: Path) -> None:
+    hybrid = make(family, torch.float16, num_hidden_layers=1)
+    path = hs.export_onnx(hybrid, tmp_path / "half.onnx", verbose=False).path
+    ids, mask = prompt(9)
+    wide = make(family, num_hidden_layers=1)
+    wide.load_state_dict(hybrid.state_dict())
+    exact, tokens = torch_decode(wide, ids, mask, 3)
+    own, _ = torch_decode(hybrid, ids, mask, 3)
+    found = onnx_decode(loaded(path), tokens.numpy(), mask.numpy(), 3)
+    assert all(x.dtype == np.float16 for x in found)
+    real = mask.bool().numpy()
+    errors = [np.abs(x[0] - exact[0])[real].max() for x in (found, own)]
+    assert errors[0] < 2 * errors[1] + 2e-3
+    assert max(np.abs(x - y).max() for x, y in zip(found[1:], exact[1:], strict=True)) < 2 * errors[1] + 5e-3
+
+
+def test_bfloat16_is_refused_where_there_are_no_kernels_for_it(tmp_path: Path) -> None:
+    hybrid = make("qwen3", torch.bfloat16, num_hidden_layers=1)
+    path = hs.export_onnx(hybrid, tmp_path / "model.onnx", verbose=False).path
+    with pytest.raises(ExportError, match=r"model\.onnx: .* for a CPU it has none for bfloat16: export float16"):
+        loaded(path)
+
+
 def test_the_written_file_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hybrid = make("gemma2", num_hidden_layers=1).to(torch.bfloat16)
+    hybrid = make("gemma2", torch.bfloat16, num_hidden_layers=1)
     written = hs.export_onnx(hybrid, tmp_path / "model.onnx", cache=True)
     assert capsys.readouterr().out.strip() == str(written)
     assert "decomposed: attention with a softcap: MatMul and Softmax (1 times)" in str(written)
