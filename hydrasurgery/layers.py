@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrasurgery.ops import select_heads
-
 FORGET = -50.0  # log decay at a document's first token: exp(-50) of the old state is nothing in fp32
 LOG_LENGTH = 500.0
 
@@ -154,8 +152,17 @@ def scale_by_length(q: Tensor, positions: Tensor, a: float = LOG_LENGTH) -> Tens
 
 def merge_heads(full: Tensor, linear: Tensor, linear_heads: tuple[int, ...]) -> Tensor:
     """Heads of two kinds [B, T, Hf, D] and [B, T, Hl, D] back into their own slots [B, T, H, D]."""
-    total = full.shape[2] + linear.shape[2]
-    full_heads = [h for h in range(total) if h not in linear_heads]
-    order = [*full_heads, *linear_heads]
-    slots = tuple(order.index(h) for h in range(total))
-    return select_heads(torch.cat([full, linear], dim=2), slots, 2)
+    total, parts, done, first = (
+        full.shape[2] + linear.shape[2],
+        [],
+        0,
+        0,
+    )  # done: of the linear heads; first: of the run
+    for slot in range(1, total + 1):
+        is_linear = first in linear_heads
+        if slot == total or (slot in linear_heads) != is_linear:
+            start = done if is_linear else first - done
+            parts.append((linear if is_linear else full).narrow(2, start, slot - first))
+            done += (slot - first) * is_linear
+            first = slot
+    return torch.cat(parts, dim=2)

@@ -242,6 +242,8 @@ def decode_step(
     *,
     state: Tensor,
     conv_states: Sequence[Tensor] = (),
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
@@ -264,6 +266,8 @@ def decode_step(
         conv_weights: of q [H * K, W], k [H * K, W] and v [H * V, W]; empty: no convolution.
         state: [B, H, K, V] fp32, contiguous, **updated in place**.
         conv_states: of q, k and v, [B, H * K or H * V, W - 1] each, contiguous, **updated in place**.
+        valid: [B] bool, of `token_flags`: a token that is padding enters the convolutions as 0 and leaves `state` as it was.
+        reset: [B] bool, likewise: a document's first token finds all states 0. Together with `valid` or not at all.
         scale: of the outputs before their norm; K ** -0.5 if None.
         eps: added to the mean square of the outputs.
 
@@ -283,8 +287,13 @@ def decode_step(
     for name, x in (("gamma", gamma), ("A_log", A_log), ("dt_bias", dt_bias)):
         if x is not None:
             _expect(name, x, (heads,))
+    for name, x in (("valid", valid), ("reset", reset)):
+        if x is not None:
+            _expect(name, x, (batch,))
     if (A_log is None) != (dt_bias is None):
         raise ValueError("A_log and dt_bias belong together: give both or neither")
+    if (valid is None) != (reset is None):
+        raise ValueError("valid and reset belong together: give both or neither")
     _expect("state", state, (batch, heads, channels, v.shape[-1]))
     if len(conv_weights) not in (0, 3) or len(conv_states) != len(conv_weights):
         raise ValueError(
@@ -309,6 +318,8 @@ def decode_step(
         list(conv_weights),
         state,
         list(conv_states),
+        valid,
+        reset,
         scale=scale,
         eps=eps,
     )
@@ -323,11 +334,19 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
     Raises:
         ValueError: no head is named, or one that x does not have.
     """
+    dim %= x.dim()
     size = x.shape[dim]
     if not heads or min(heads) < 0 or max(heads) >= size:
         raise ValueError(f"heads must name at least one of the {size} along dimension {dim}, found {tuple(heads)}")
     if tuple(heads) == tuple(range(size)):
         return x
+    times = heads.count(heads[0])
+    once = range(heads[0], heads[0] + len(heads) // times)
+    if times > 1 and tuple(heads) == tuple(h for h in once for _ in range(times)):  # each KV head for its query heads
+        own = x.narrow(dim, once.start, len(once)).unsqueeze(dim + 1)
+        repeated = own.expand(*own.shape[: dim + 1], times, *own.shape[dim + 2 :])
+        # Cloned, not left to flatten: an exported graph would exclude a length of 1.
+        return repeated.clone(memory_format=torch.contiguous_format).flatten(dim, dim + 1)
     parts, first = [], 0
     for last in range(1, len(heads) + 1):
         if last == len(heads) or heads[last] != heads[last - 1] + 1:
@@ -360,8 +379,8 @@ def token_flags(
     start = first.shape[2] - first.shape[1] if first_key is None else first_key
     own = torch.arange(first.shape[1], device=mask.device) + start
     # Gathered and not sliced along a diagonal: that would need slices of T - 1, and an exported graph would exclude T = 2.
-    columns = torch.stack([own, (own - 1).clamp(min=0)], dim=-1).expand(first.shape[0], -1, -1)
-    valid, follows = _may_attend(first.gather(2, columns)).unbind(-1)
+    columns = (own, (own - 1).clamp(min=0))
+    valid, follows = (_may_attend(first.gather(2, c[:, None].expand(first.shape[0], -1, 1)))[..., 0] for c in columns)
     reset = valid & ~follows & (own > 0)
     return valid.expand(batch, length), reset.expand(batch, length)
 
@@ -682,20 +701,25 @@ _scale_norm_fusion.register_autograd(_scale_norm_fusion_grads, setup_context=_sc
     "hydra::decode_step",
     mutates_args=("state", "conv_states"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor? gate, Tensor gamma, Tensor? A_log, Tensor? dt_bias, "
-    "Tensor[] conv_weights, Tensor(a!) state, Tensor(b!)[] conv_states, *, float? scale=None, float eps=1e-6) -> Tensor",
+    "Tensor[] conv_weights, Tensor(a!) state, Tensor(b!)[] conv_states, Tensor? valid=None, Tensor? reset=None, *, "
+    "float? scale=None, float eps=1e-6) -> Tensor",
 )
 def _decode_step(
-    q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, *, scale=None, eps=1e-6
-):
+    q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid=None, reset=None,
+    *, scale=None, eps=1e-6,
+):  # fmt: skip
     case = registry.decode_step_case(q, v, conv_weights[0].shape[1] if conv_weights else 0)
     forward = registry.kernel("decode_step", case, q.device).forward
-    inputs = (q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states)
+    inputs = (q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid, reset)
     with _full_precision(q):
         return _exact(forward(*inputs, scale=scale, eps=eps))
 
 
 @_decode_step.register_fake
-def _(q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, *, scale=None, eps=1e-6):
+def _(
+    q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid=None, reset=None,
+    *, scale=None, eps=1e-6,
+):  # fmt: skip
     return _fake(v)
 
 

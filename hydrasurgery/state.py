@@ -37,34 +37,38 @@ def step_linear(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     v_weight: Tensor | None,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    valid: Tensor,
     reset: Tensor,
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
     """One token through a layer's linear heads by `ops.decode_step`, the states in `state` brought up to date in place.
 
-    q, k, v [B, 1, H, K or V]; decay, beta [B, 1, H]; gate [B, 1, H] before its sigmoid; weights of the short convolution
-    [H * K or V, W] or None; reset [B, 1] -> [B, 1, H, V].
+    q, k, v [B, H, 1, K or V]; decay, beta and gate [B, 1, H] as projections left them; weights of the short convolution
+    [H * K or V, W] or None; A_log, dt_bias [H]; valid, reset [B, 1] -> [B, 1, H, V].
     """
     weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
     names = ("q_conv", "k_conv", "v_conv")[: len(weights)]
     for name in (*names, "recurrent"):
         if not state.states[name].is_contiguous():
             state.write(name, state.states[name].contiguous())
-    pasts = [state.states[name] for name in names]
-    for past in pasts:
-        past.masked_fill_(reset[..., None], 0)
     o = ops.decode_step(
-        q[:, 0],
-        k[:, 0],
-        v[:, 0],
+        q[:, :, 0],
+        k[:, :, 0],
+        v[:, :, 0],
         decay[:, 0],
         beta[:, 0],
         None if gate is None else gate[:, 0],
         gamma,
-        conv_weights=weights,
+        A_log,
+        dt_bias,
+        weights,
         state=state.states["recurrent"],
-        conv_states=pasts,
+        conv_states=[state.states[name] for name in names],
+        valid=valid[:, 0],
+        reset=reset[:, 0],
         scale=scale,
         eps=eps,
     )

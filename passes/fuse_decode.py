@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from hydrasurgery.layers import merge_heads, to_heads, to_tokens
+from hydrasurgery.layers import merge_heads, to_tokens
 from hydrasurgery.passes.base import Pass, PassResult, arguments, register
 from hydrasurgery.passes.fuse_heads import FUSION
 from hydrasurgery.passes.linearize_heads import CONV, LINEAR
@@ -19,7 +19,9 @@ from hydrasurgery.state import count_tokens, step_linear, write_state
 @register
 @dataclass(frozen=True)
 class FuseDecode(Pass):
-    """Gives the region a second graph, `decode`, in which convolution, L2 norm, recurrence, RMS norm, gamma and gate are one node.
+    """Gives the region a second graph, `decode`, in which all that follows the projections of a linear head is one node.
+
+    That is: gates, convolution, L2 norm, recurrence, RMS norm, gamma and output gate.
 
     The region's own graph stays as it is: prefill, training and tracing run it. Only rule gated_delta with full heads
     passed through and no native convolution has the operator; other regions keep one graph.
@@ -41,20 +43,18 @@ class FuseDecode(Pass):
         recurrence = graph.find_nodes(op="call_function", target=LINEAR)[0]
         full, _, gamma, gate = arguments(fusion)
         decay, beta = arguments(recurrence)[3:5]
+        hidden, *flags = arguments(decay)
         state = next(n for n in graph.nodes if n.op == "placeholder" and n.target == "state")
-        flags = next(n for n in graph.nodes if n.name == "reset")
-        heads = len(region.linear_heads)
+        inputs, weights = zip(*map(_before, arguments(recurrence)[:3]), strict=True)
         with graph.inserting_before(fusion):
-            inputs, weights = [], []
-            for tokens, weight in map(_before, arguments(recurrence)[:3]):
-                inputs.append(graph.call_function(to_heads, (tokens, heads)))
-                weights.append(weight)
-            if gate is not None:  # the operator takes it before its sigmoid
-                gate = graph.call_module(f"{gate.target}.g_proj", arguments(gate))
+            # The operator takes the gates as their projections leave them.
+            raw = [
+                None if node is None else graph.call_module(f"{node.target}.{name}", (hidden,))
+                for node, name in ((decay, "a_proj"), (beta, "b_proj"), (gate, "g_proj"))
+            ]
+            rates = [graph.get_attr(f"{decay.target}.{name}") for name in ("A_log", "dt_bias")]
             options = {"scale": recurrence.kwargs.get("scale"), "eps": fusion.kwargs.get("eps", 1e-6)}
-            step = graph.call_function(
-                step_linear, (state, *inputs, decay, beta, gate, gamma, *weights, flags), options
-            )
+            step = graph.call_function(step_linear, (state, *inputs, *raw, gamma, *weights, *rates, *flags), options)
             merged = step if full is None else graph.call_function(merge_heads, (full, step, region.linear_heads))
         fusion.replace_all_uses_with(merged)
         for node in graph.find_nodes(op="call_function", target=write_state):
@@ -73,8 +73,8 @@ class FuseDecode(Pass):
 
 
 def _before(x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The tokens [B, T, H * D] that x was made of by convolution and norm, and the convolution's weight if there is one."""
+    """The heads [B, H, T, D] that x was made of by convolution and norm, and the convolution's weight if there is one."""
     while x.target is not to_tokens:
         x = x.all_input_nodes[0]
     conv = next((user for user in x.users if user.target is CONV), None)
-    return x, None if conv is None else arguments(conv)[1]
+    return x.all_input_nodes[0], None if conv is None else arguments(conv)[1]

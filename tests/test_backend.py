@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import hydrasurgery as hs
 from hydrasurgery.export.backend import hydra
+from hydrasurgery.export.graph_rewrites import small_linear
+from tests.decode_launches import a_layer
 from tests.families import tiny
 from tests.test_families import half_plan, stir
 
@@ -104,7 +107,51 @@ def test_only_masks_that_are_causal_are_dropped() -> None:
     assert attention_masks(make("mistral"), ids, more) == [1, 1]  # a window of 8 tokens
 
 
-def test_an_unknown_rewrite_is_named() -> None:
-    run = torch.compile(make("llama"), backend="hydra", options={"pipeline": "fold-everything"})
-    with pytest.raises(Exception, match="no graph rewrite is called 'fold-everything'; known: drop-causal-masks"):
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_projections_of_few_tokens_are_sums(dtype: torch.dtype) -> None:
+    hybrid = make("qwen3").to(dtype)
+    counts = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        run = hydra(graph, inputs, options={"inner": "eager"})
+        counts.append(len(graph.graph.find_nodes(op="call_function", target=small_linear)))
+        return run
+
+    run = torch.compile(hybrid, backend=look, fullgraph=True)
+    exact = copy.deepcopy(hybrid).double()
+    for length in (1, 4, 5):
+        call = {"input_ids": tokens(length), "use_cache": False}
+        wanted = exact(**call).logits
+        error, eager = ((model(**call).logits - wanted).abs().max() for model in (run, hybrid))
+        assert error <= 1.5 * eager + 1e-6
+        torch._dynamo.reset()
+    assert counts == [3, 3, 0]  # decay, beta and output gate, of at most 8 tokens
+
+
+def test_a_decoding_layer_launches_less_than_by_inductor_alone() -> None:
+    kinds = ("linear", "linear", "full", "full")
+    ours, theirs = (a_layer(kinds, backend) for backend in ("hydra", "inductor"))
+    assert theirs["aten.mm"] + theirs["aten.addmm"] == 10 and ours["aten.mm"] == 7
+    assert ours.total() <= theirs.total() - 2
+    assert a_layer(("linear",) * 4, "hydra").total() <= a_layer(("full",) * 4, "hydra").total()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pipeline": "fold-everything"},
+            "no graph rewrite is called 'fold-everything'; known: drop-causal-masks, fold",
+        ),
+        (
+            {"plan": "plan.json"},
+            r"rewrite first: torch\.compile\(hydrasurgery\.rewrite\(model, plan\), backend='hydra'\)",
+        ),
+        ({"fast": True}, "the backend has no option 'fast'; it has pipeline, mode, inner"),
+    ],
+)
+def test_what_the_backend_does_not_know_is_named(options: dict[str, Any], message: str) -> None:
+    run = torch.compile(tiny("llama", num_hidden_layers=1), backend="hydra", options=options)
+    with pytest.raises(Exception, match=message):
         run(tokens(5), use_cache=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from types import SimpleNamespace
 
@@ -130,7 +131,21 @@ def token(width: int, raw: bool) -> tuple[tuple, dict]:
 @pytest.mark.parametrize(("width", "raw"), [(0, False), (4, True)])
 def test_decode_step_is_a_sound_operator(width, raw):
     inputs, states = token(width, raw)
-    opcheck(torch.ops.hydra.decode_step.default, (*inputs, *states.values()), {"eps": 1e-5})
+    flags = {"valid": torch.tensor([True, False]), "reset": torch.tensor([True, False])} if raw else {}
+    opcheck(torch.ops.hydra.decode_step.default, (*inputs, *states.values()), {"eps": 1e-5, **flags})
+
+
+def test_decode_step_of_padding_and_of_a_first_token():
+    inputs, states = token(4, True)
+    before = copy.deepcopy(states)
+    found = ops.decode_step(*inputs, **states, valid=torch.tensor([True, False]), reset=torch.tensor([True, False]))
+    empty = {"state": torch.zeros(2, 3, 8, 4), "conv_states": [torch.zeros_like(x) for x in before["conv_states"]]}
+    wanted = ops.decode_step(*inputs, **empty)
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(states["state"], torch.stack([empty["state"][0], before["state"][1]]))
+    for after, first, old in zip(states["conv_states"], empty["conv_states"], before["conv_states"], strict=True):
+        torch.testing.assert_close(after[0], first[0])
+        torch.testing.assert_close(after[1], torch.cat([old[1, :, 1:], torch.zeros(len(old[1]), 1)], 1))
 
 
 def test_decode_step_is_the_layer_it_replaces():
@@ -410,6 +425,12 @@ Q, K, G = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 3, 8), torch.zeros(2, 4, 3)
                 Q[0], Q[0], Q[0], G[0], G[0], None, G[0, 0], G[0, 0], state=torch.zeros(4, 3, 8, 8)
             ),
             "A_log and dt_bias belong together",
+        ),
+        (
+            lambda: ops.decode_step(
+                Q[0], Q[0], Q[0], G[0], G[0], None, G[0, 0], state=torch.zeros(4, 3, 8, 8), reset=torch.zeros(4) > 0
+            ),
+            "valid and reset belong together",
         ),
         (
             lambda: ops.decode_step(Q[0], Q[0], Q[0], G[0], G[0], None, G[0, 0], state=torch.zeros(4, 3, 8, 8).mT),

@@ -159,20 +159,22 @@ def check_conv(shape, width, state, reset, dtype):
     width=st.sampled_from([0, 1, 2, 4]),
     raw=st.booleans(),
     gated=st.booleans(),
+    flags=st.booleans(),
     dtype=DTYPES,
 )
 @FEW
-def test_decode_step(batch, heads, key, value, width, raw, gated, dtype):
-    check_decode(batch, heads, key, value, width, raw, gated, dtype)
+def test_decode_step(batch, heads, key, value, width, raw, gated, flags, dtype):
+    check_decode(batch, heads, key, value, width, raw, gated, flags, dtype)
 
 
 def test_decode_step_of_a_state_of_several_tiles(monkeypatch):
     monkeypatch.setattr(kernel("decode_step"), "STATE_ELEMENTS", 64)
-    check_decode(2, 2, 16, 13, 4, True, True, torch.float32)
+    check_decode(2, 2, 16, 13, 4, True, True, True, torch.float32)
 
 
-def check_decode(batch, heads, key, value, width, raw, gated, dtype):
-    q, k, v = (normal(batch, heads, size, dtype=dtype) for size in (key, key, value))
+def check_decode(batch, heads, key, value, width, raw, gated, flags, dtype):
+    q, k = (normal(batch, heads + 1, key, dtype=dtype)[:, 1:] for _ in range(2))  # a part of all heads, as it comes
+    v = normal(batch, value, heads, dtype=dtype).mT
     decay, beta = normal(batch, heads), normal(batch, heads)
     gates = (decay, beta) if raw else (-decay.abs(), beta.sigmoid())
     rates = (normal(heads), normal(heads)) if raw else (None, None)
@@ -183,6 +185,8 @@ def check_decode(batch, heads, key, value, width, raw, gated, dtype):
     states = normal(batch, heads, key, value), [normal(batch, size, width - 1, dtype=dtype) for size in sizes]
     exact = wide(states)
     options = {"scale": None, "eps": 1e-5}
+    if flags:
+        options["valid"], options["reset"] = (torch.rand(2, batch, device=DEVICE) > 0.3).unbind()
     out = kernel("decode_step").forward(*inputs, *states, **options)
     wanted = decode_reference.forward(*wide(inputs), *exact, **options)
     compare([out, *states[1]], [wanted, *exact[1]], dtype)

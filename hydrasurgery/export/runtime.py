@@ -13,6 +13,7 @@ from hydrasurgery.errors import ExportError
 
 PAST, PRESENT = "past_key_values.", "present."
 DTYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+KERNELS = " (it lacks a kernel; for a CPU it has none for bfloat16: export float16 or float32)"
 
 
 class OnnxDecoder:
@@ -45,12 +46,18 @@ class OnnxDecoder:
         try:
             self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime has an exception class a cause, without a common base
-            raise ExportError(f"{os.fspath(path)}: ONNX Runtime cannot load it: {error}") from error
+            hint = KERNELS if type(error).__name__ == "NotImplemented" else ""
+            raise ExportError(f"{os.fspath(path)}: ONNX Runtime cannot load it: {error}{hint}") from error
         self._inputs = {i.name: i for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._states = [name for name in self._inputs if name.startswith(PAST)]
         if "input_ids" not in self._inputs or not self._states:
             raise ExportError(f"{os.fspath(path)}: is no decoder with states; export it with cache=True")
+        strange = [x.type for x in self._inputs.values() if x.type not in DTYPES]
+        if strange:
+            raise ExportError(
+                f"{os.fspath(path)}: its states are {strange[0]}, which NumPy lacks: export float16 or float32"
+            )
         properties = self.session.get_modelmeta().custom_metadata_map
         self.eos_token_ids: list[int] = json.loads(properties.get("hydrasurgery.eos_token_ids", "[]"))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hydrasurgery.errors import ExportError, UnsupportedModelError
 from hydrasurgery.inference.cache import HybridLayer
@@ -164,6 +165,20 @@ def exportable(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+class _OuterProducts(TorchFunctionMode):
+    """A @ b with one number a row and column as the product that it is, to the bit.
+
+    transformers before 5.23 makes rotary angles so, of an expanded tensor, and torch 2.11 then exports no batch of 1.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[0].dim() == args[1].dim() > 2:
+            inner = args[0].shape[-1]
+            if isinstance(inner, int) and inner == 1:
+                return args[0] * args[1]
+        return func(*args, **(kwargs or {}))
+
+
 def _has_experts(model: Any) -> bool:
     return getattr(model, "_can_set_experts_implementation", lambda: False)()
 
@@ -207,7 +222,7 @@ def _export(name: str, decoder: nn.Module, arguments: tuple[Any, ...], shapes: t
     settings: Any = _config
     try:
         # Sizes 0 and 1 stay free too: one program takes a whole prompt, one token, and no past.
-        with torch.no_grad(), settings.patch(backed_size_oblivious=True):
+        with torch.no_grad(), settings.patch(backed_size_oblivious=True), _OuterProducts():
             return torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
     except UnsupportedModelError:
         raise

@@ -24,6 +24,8 @@ def forward(
     conv_weights: Sequence[Tensor],
     state: Tensor,
     conv_states: Sequence[Tensor],
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     scale: float | None,
     eps: float,
@@ -31,6 +33,10 @@ def forward(
     """The heads' outputs [B, H, V]; `state` and `conv_states` are brought up to date in place. As in `ops.decode_step`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     query, key, value = (x.to(dtype) for x in (q, k, v))
+    if valid is not None and reset is not None:
+        query, key, value = (x * valid[:, None, None] for x in (query, key, value))
+        for past in (state, *conv_states):
+            past.flatten(1).masked_fill_(reset[:, None], 0)
     if conv_weights:
         triples = zip((query, key, value), conv_weights, conv_states, strict=True)
         query, key, value = (_residual_conv(*triple) for triple in triples)
@@ -39,6 +45,8 @@ def forward(
     if A_log is not None and dt_bias is not None:
         decay = -A_log.to(dtype).exp() * F.softplus(decay + dt_bias.to(dtype))
         beta = beta.sigmoid()
+    if valid is not None:
+        decay, beta = decay * valid[:, None], beta * valid[:, None]
     new = state.to(dtype) * decay.exp()[..., None, None]
     write = beta[..., None] * (value - (key[..., None, :] @ new)[..., 0, :])
     new = new + key[..., None] * write[..., None, :]

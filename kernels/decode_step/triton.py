@@ -30,19 +30,22 @@ def _log1p(x):
 
 @triton.jit
 def _load_head(
-    x, weight, past, batch, head,
+    x, stride_batch, stride_head, weight, past, batch, head, token, follows,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """A head's vector after the residual convolution, and what that saw [BLOCK, TAPS]: W - 1 past inputs, then its own."""
+    """A head's vector after the residual convolution, and what that saw [BLOCK, TAPS]: W - 1 past inputs, then its own.
+
+    `token`: the vector counts (else it is 0). `follows`: the past counts.
+    """
     channel = tl.arange(0, BLOCK)
     live = channel < SIZE
-    own = tl.load(x + (batch * HEADS + head) * SIZE + channel, mask=live, other=0).to(tl.float32)
+    own = tl.load(x + batch * stride_batch + head * stride_head + channel, mask=live & token, other=0).to(tl.float32)
     past += (batch * HEADS + head) * SIZE * (WIDTH - 1)
     weight += head * SIZE * WIDTH
     seen = tl.zeros((BLOCK, TAPS), tl.float32)
     slot = tl.arange(0, TAPS)
     if WIDTH > 0:
-        kept = live[:, None] & (slot < WIDTH - 1)[None, :]
+        kept = (live & follows)[:, None] & (slot < WIDTH - 1)[None, :]
         seen = tl.load(past + channel[:, None] * (WIDTH - 1) + slot[None, :], mask=kept, other=0).to(tl.float32)
         seen = tl.where((slot == WIDTH - 1)[None, :], own[:, None], seen)
         taps = live[:, None] & (slot < WIDTH)[None, :]
@@ -65,10 +68,10 @@ def _store_history(
 
 @triton.jit
 def _kernel(
-    q, k, v, decay, beta, gate, gamma, a_log, dt_bias, q_weight, k_weight, v_weight, state, q_past, k_past, v_past, out,
-    scale, eps, l2_eps,
+    q, k, v, decay, beta, gate, gamma, a_log, dt_bias, q_weight, k_weight, v_weight, state, q_past, k_past, v_past,
+    valid, reset, out, q_batch, q_head, k_batch, k_head, v_batch, v_head, scale, eps, l2_eps,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, TAPS: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     row, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
@@ -79,9 +82,18 @@ def _kernel(
     inside = (row < K)[:, None] & (column < V)[None, :]
     # The state is under way while the vectors are made ready.
     following = tl.load(state + at, mask=inside, other=0)
-    queries, q_seen = _load_head(q, q_weight, q_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
-    keys, k_seen = _load_head(k, k_weight, k_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
-    values, v_seen = _load_head(v, v_weight, v_past, batch, head, HEADS, V, WIDTH, VALUES, TAPS)
+    token, follows = batch >= 0, batch >= 0
+    if FLAGS:
+        token, follows = tl.load(valid + batch) != 0, tl.load(reset + batch) == 0
+    queries, q_seen = _load_head(
+        q, q_batch, q_head, q_weight, q_past, batch, head, token, follows, HEADS, K, WIDTH, BLOCK_K, TAPS
+    )
+    keys, k_seen = _load_head(
+        k, k_batch, k_head, k_weight, k_past, batch, head, token, follows, HEADS, K, WIDTH, BLOCK_K, TAPS
+    )
+    values, v_seen = _load_head(
+        v, v_batch, v_head, v_weight, v_past, batch, head, token, follows, HEADS, V, WIDTH, VALUES, TAPS
+    )
     queries *= tl.rsqrt(tl.sum(queries * queries) + l2_eps) * scale
     keys *= tl.rsqrt(tl.sum(keys * keys) + l2_eps)
     forget, strength = tl.load(decay + one).to(tl.float32), tl.load(beta + one).to(tl.float32)
@@ -90,7 +102,9 @@ def _kernel(
         softplus = tl.maximum(step, 0.0) + _log1p(tl.exp(-tl.abs(step)))
         forget = -tl.exp(tl.load(a_log + head).to(tl.float32)) * softplus
         strength = 1.0 / (1.0 + tl.exp(-strength))
-    forget = tl.exp(forget)
+    # Padding leaves the state, and a new document forgets it.
+    forget = tl.where(follows, tl.where(token, tl.exp(forget), 1.0), 0.0)
+    strength = tl.where(token, strength, 0.0)
     overlap = tl.sum(queries * keys)
     # Some threads may hold copies of what another one stores: all loads come first.
     tl.debug_barrier()
@@ -134,6 +148,8 @@ def forward(
     conv_weights: Sequence[Tensor],
     state: Tensor,
     conv_states: Sequence[Tensor],
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     scale: float | None,
     eps: float,
@@ -143,7 +159,9 @@ def forward(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not batch or not heads:
         return out
-    q, k, v, decay, beta = (x.contiguous() for x in (q, k, v, decay, beta))
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    decay, beta = decay.contiguous(), beta.contiguous()
+    flags = [q if x is None else x.contiguous().view(torch.uint8) for x in (valid, reset)]
     taps = conv_weights[0].shape[1] if conv_weights else 0
     weights = [w.contiguous() for w in conv_weights] if taps else [q, q, q]
     pasts = list(conv_states) if taps else [q, q, q]
@@ -151,10 +169,11 @@ def forward(
     block_v = min(triton.next_power_of_2(width_v), max(1, STATE_ELEMENTS // block_k))
     _kernel[(batch * heads,)](
         q, k, v, decay, beta, q if gate is None else gate.contiguous(), gamma, q if A_log is None else A_log,
-        q if dt_bias is None else dt_bias, *weights, state, *pasts, out,
+        q if dt_bias is None else dt_bias, *weights, state, *pasts, *flags, out,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         width_k**-0.5 if scale is None else scale, eps, L2_EPS,
         HEADS=heads, K=width_k, V=width_v, WIDTH=taps, RAW=A_log is not None, GATE=gate is not None,
-        BLOCK_K=block_k, BLOCK_V=block_v, TILES=triton.cdiv(triton.next_power_of_2(width_v), block_v),
-        TAPS=triton.next_power_of_2(max(1, taps)), num_warps=WARPS,
+        FLAGS=valid is not None, BLOCK_K=block_k, BLOCK_V=block_v,
+        TILES=triton.cdiv(triton.next_power_of_2(width_v), block_v), TAPS=triton.next_power_of_2(max(1, taps)), num_warps=WARPS,
     )  # fmt: skip
     return out

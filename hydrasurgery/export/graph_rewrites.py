@@ -1,0 +1,128 @@
+"""Rewrites of the graph that `torch.compile` captured; each says how many nodes it changed.
+
+They see sizes where they are known, and weights as inputs. All but `fold_small_linears`, which sums in another order, are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from hydrasurgery.kernels.attention.reference import visible_keys
+from hydrasurgery.passes.base import ancestors
+from hydrasurgery.raising import ATTENTION
+
+LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
+FEW_TOKENS, THIN = (
+    8,
+    16,
+)  # of a projection of few tokens, and of THIN times fewer channels than it reads: a launch costs more
+
+
+def drop_causal_masks(graph: fx.GraphModule) -> int:
+    """An attention whose mask is the causal one, whatever the sizes, gets `causal=True` in its place; says how many did.
+
+    A mask that depends on sizes alone is computed for short sequences and for some longer than every number in its formula,
+    and compared. Kernels skip what a causal flag hides, and
+    the mask [B, 1, T, S] is never made.
+    """
+    changed = 0
+    known: dict[fx.Node, bool] = {}
+    for node in graph.graph.find_nodes(op="call_function", target=ATTENTION):
+        mask = node.args[3] if len(node.args) > 3 else None
+        if isinstance(mask, fx.Node):
+            if mask not in known:
+                known[mask] = _is_causal(graph, mask)
+            if known[mask]:
+                node.update_arg(3, None)
+                node.update_kwarg("causal", True)
+                node.update_kwarg("window", None)
+                changed += 1
+    # Only what made those masks: fx takes a method that writes in place for dead if nothing reads what it returns.
+    unread = {n for mask, causal in known.items() if causal for n in ancestors(mask)}
+    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node not in unread)
+    return changed
+
+
+def _is_causal(graph: fx.GraphModule, mask: fx.Node) -> bool:
+    order = ancestors(mask)
+    free = [n for n in order if n.op == "placeholder"]
+    if any(n.op == "get_attr" for n in order) or not all(map(_is_size, free)):
+        return False
+    largest = max((abs(n) for node in order for n in _numbers(node)), default=0)
+    if largest > LARGEST:
+        return False
+    # A window or a chunk is a number of the formula: only sequences longer than all of them show that there is none.
+    tried = (5, largest + 3) if free else (0,)
+    return all(_equals_causal(graph, mask, order, {node: first + i for i, node in enumerate(free)}) for first in tried)
+
+
+def _numbers(node: fx.Node) -> list[int]:
+    return [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, int)]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), (int, torch.SymInt))
+
+
+def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], sizes: dict[fx.Node, int]) -> bool:
+    """Run the mask's part of the graph on plain numbers."""
+    values: dict[fx.Node, Any] = {}
+    try:
+        with torch.utils._python_dispatch._disable_current_modes():
+            for node in order:
+                if node.op == "placeholder":
+                    values[node] = sizes[node]
+                    continue
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+                values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+    except Exception:  # not made of sizes alone, or these sizes do not fit: nothing is known of this mask
+        return False
+    found = values[mask]
+    if not isinstance(found, torch.Tensor) or found.dim() != 4 or found.dtype != torch.bool:
+        return False
+    wanted = visible_keys(found.shape[2], found.shape[3], True, None, found.device)
+    return bool(found.all()) if wanted is None else torch.equal(found, wanted.expand_as(found))
+
+
+def fold_small_linears(graph: fx.GraphModule) -> int:
+    """Projections of a few tokens to a few channels each, all of one input, become sums that Inductor writes as one kernel.
+
+    The gates of a decoding layer are such: three matrix products of a thousandth of the work of a launch.
+    """
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
+        if not node.kwargs and _is_small(node):
+            groups.setdefault(node.args[0], []).append(node)
+    folded = [node for group in groups.values() if len(group) > 1 for node in group]
+    for node in folded:
+        node.target = small_linear
+    return len(folded)
+
+
+def _is_small(node: fx.Node) -> bool:
+    x, weight = (node.args[i].meta["example_value"] for i in (0, 1))
+    known = all(isinstance(size, int) for size in (*x.shape, *weight.shape))
+    small = known and x.numel() <= FEW_TOKENS * x.shape[-1] and weight.shape[0] * THIN <= weight.shape[1]
+    return small and x.dtype == weight.dtype == node.meta["example_value"].dtype  # autocast would cast
+
+
+def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., C] and weight [H, C] -> [..., H], summed in fp32 (fp64 of fp64)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = (x.to(wide).unsqueeze(-2) * weight.to(wide)).sum(-1)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+REWRITES: dict[str, Callable[[fx.GraphModule], int]] = {
+    "drop-causal-masks": drop_causal_masks,
+    "fold-small-linears": fold_small_linears,
+}
+PIPELINE = ",".join(REWRITES)
+
+__all__ = ["PIPELINE", "REWRITES", "drop_causal_masks", "fold_small_linears"]
