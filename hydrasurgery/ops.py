@@ -560,7 +560,7 @@ def _(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=N
 @torch.library.custom_op(
     "hydra::linear_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_o, Tensor grad_state, {_LINEAR_INPUTS}, *, {_LINEAR_OPTIONS}) -> "
+    schema=f"(Tensor grad_o, Tensor? grad_state, {_LINEAR_INPUTS}, *, {_LINEAR_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_attention_backward(
@@ -580,10 +580,13 @@ def _(grad_o, grad_state, q, k, v, decay=None, beta=None, state=None, *, rule="g
 
 def _linear_attention_setup(ctx, inputs, keyword_only_inputs, output):
     _save(ctx, inputs, keyword_only_inputs)
+    ctx.set_materialize_grads(False)  # Nobody needs the last state's gradient in training: kernels do without it.
 
 
 def _linear_attention_grads(ctx, grad_o, grad_state):
     inputs = ctx.saved_tensors
+    if grad_o is None:
+        grad_o = torch.zeros_like(inputs[2])
     grads = torch.ops.hydra.linear_attention_backward.default(grad_o, grad_state, *inputs, **ctx.options)
     return _given(grads, inputs)
 

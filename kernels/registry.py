@@ -23,6 +23,7 @@ from torch import Tensor
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOAT = HALF | {torch.float32}
+FEW_TOKENS = 16384  # of which a backward by FlashQLA waits for the host longer than our whole one takes
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
     ampere, hopper = ((8, 0), (12, 9)), ((9, 0), (9, 9))
     eights = range(8, 257, 8)
     forward, every = (FORWARD, DECODE), (FORWARD, BACKWARD, DECODE)
+    chunked = {"gated_delta", "state", "varlen", "gradients of few tokens"}
     return {
         "attention": (
             Implementation(
@@ -145,11 +147,11 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
             ),
             Implementation(
                 "triton", _here("linear_attention", "triton"), every, FLOAT,
-                {"K": range(1, 129), "V": range(1, 257)}, {"gated_delta", "state", "varlen"}, ampere, TRITON,
+                {"K": range(1, 129), "V": range(1, 257)}, chunked, ampere, TRITON,
             ),
             Implementation(
                 "triton, wide", _here("linear_attention", "triton"), every, HALF,
-                {"K": range(129, 257), "V": range(1, 257)}, {"gated_delta", "state", "varlen"}, ampere, TRITON,
+                {"K": range(129, 257), "V": range(1, 257)}, chunked, ampere, TRITON,
             ),
             Implementation(
                 "fla", _here("linear_attention", "fla"), forward, FLOAT,
@@ -318,6 +320,7 @@ def linear_attention_case(
         rule: True,
         "decay by channel": decay is not None and decay.dim() == 4,
         "state": state is not None,
+        "gradients of few tokens": mode == BACKWARD and q.shape[0] * q.shape[1] < FEW_TOKENS,
     }
     sizes = {"K": q.shape[3], "V": v.shape[3]}
     return _case(DECODE if mode == FORWARD and q.shape[1] == 1 else mode, (q, k, v), sizes, features)

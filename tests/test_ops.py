@@ -165,6 +165,16 @@ def test_decode_step_is_the_layer_it_replaces():
     torch.testing.assert_close((found, states["state"], *states["conv_states"]), (wanted, final, *after))
 
 
+def test_either_output_alone_has_gradients():
+    given = recurrence("gated_delta")
+    o, state = ops.linear_attention(*given)
+    both = torch.autograd.grad((o, state), given, (torch.ones_like(o), torch.ones_like(state)), retain_graph=True)
+    of_o = torch.autograd.grad(o, given, torch.ones_like(o), retain_graph=True)
+    of_state = torch.autograd.grad(state, given, torch.ones_like(state), allow_unused=True)
+    assert not of_state[0].any()  # the queries
+    torch.testing.assert_close([x + y for x, y in zip(of_o, of_state, strict=True)], list(both))
+
+
 def test_backward_operators_are_sound():
     """opcheck of an operator does not reach its backward with mixed dtypes, strided gradients or absent inputs."""
     q, k, v = (strided(2, 4, 5, 8).detach().bfloat16() for _ in range(3))
@@ -173,6 +183,7 @@ def test_backward_operators_are_sound():
     q, k, v, decay, beta, state = (x.detach() for x in recurrence("gated_delta"))
     inputs = (torch.ones(()).expand_as(v), torch.zeros_like(state), q.half(), k, v, decay, beta)
     opcheck(torch.ops.hydra.linear_attention_backward.default, inputs)
+    opcheck(torch.ops.hydra.linear_attention_backward.default, (inputs[0], None, *inputs[2:]))
     x, weight = torch.randn(2, 5, 3).bfloat16(), torch.randn(3, 4)
     opcheck(torch.ops.hydra.causal_conv_backward.default, (x, x.new_zeros(2, 3, 3), x, weight))
     o, gamma = torch.randn(2, 5, 3, 6).half(), torch.randn(3)

@@ -52,6 +52,7 @@ TABLE = [
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "decay by channel"), AMPERE, "reference"),
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "state"), AMPERE, "triton"),
     ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta"), HOPPER, "flash_qla"),
+    ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta", "gradients of few tokens"), HOPPER, "triton"),
     ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta"), AMPERE, "triton"),
     ("linear_attention", case(FORWARD, FP32, (("K", 64), ("V", 256)), "gated_delta"), HOPPER, "triton"),
     ("linear_attention", case(FORWARD, BF16, (("K", 256), ("V", 256)), "gated_delta"), AMPERE, "triton, wide"),

@@ -63,7 +63,7 @@ def forward(
 
 def backward(
     grad: Tensor,
-    grad_state: Tensor,
+    grad_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,7 +90,7 @@ def backward(
         starts.append(_scan(solved, starts[-1])[-1].clone())  # A view would keep the states of every chunk.
     inputs = (q, k, v, decay, beta)
     grads = [None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-    dstate = grad_state.to(dtype).reshape(starts[0].shape)
+    dstate = torch.zeros_like(starts[0]) if grad_state is None else grad_state.to(dtype).reshape(starts[0].shape)
     for span, start in zip(reversed(spans), reversed(starts), strict=True):
         part = _load(q, k, v, decay_used, beta_used, span, scale, dtype)
         do = _chunked(grad[:, span], part.q.shape[2], dtype)
