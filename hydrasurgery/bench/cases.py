@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class Suite:
     floor: Callable[[Layer, int], tuple[float, float]]
     gate_size: int = 1000
     graph: bool = False
+
+
+_PLAIN: dict[str, Any] = {"scale": None, "causal": True, "window": None, "softcap": None}
 
 
 def _normal(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -243,6 +247,33 @@ DECODE = Suite(
 )  # fmt: skip
 
 
+def _cache_inputs(layer: Layer, keys: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
+    kept = max(1, layer.full * layer.kv_heads // layer.heads)
+    mask = torch.arange(keys, device=device)[None, None, None] < keys - 8
+    q = 4 * _normal(1, layer.full, 1, layer.dim, **make)  # a head that looks at few keys
+    return {"q": q, **{name: _normal(1, kept, keys, layer.dim, **make) for name in "kv"}, "mask": mask}
+
+
+def _masked(module: str) -> Callable[[Inputs], Outputs]:
+    def run(inputs: Inputs) -> Outputs:
+        kernel = importlib.import_module(f"hydrasurgery.kernels.attention.{module}")
+        return (kernel.forward(*inputs.values(), None, **_PLAIN),)
+
+    return run
+
+
+MASKED_DECODE = Suite(
+    "masked-decode", "keys", (4096, 65536), _cache_inputs,
+    (
+        Contender("hydra", lambda x: (ops.attention(**x),), cuda_only=False),
+        Contender("sdpa", _masked("sdpa")),
+    ),
+    _masked("reference"),
+    lambda layer, keys: (4 * keys * layer.dim * max(1, layer.full * layer.kv_heads // layer.heads), 0.0), graph=True,
+)  # fmt: skip
+
+
 # --- fusion -------------------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +360,6 @@ def _linear_part(inputs: Inputs) -> Inputs:
 
 
 _LINEAR_NAMES = {f"linear_{name}" for name in ("q", "k", "v", "decay", "beta")}
-_PLAIN: dict[str, Any] = {"scale": None, "causal": True, "window": None, "softcap": None}
 
 
 def _hybrid(inputs: Inputs) -> Outputs:
@@ -347,8 +377,6 @@ def _exact_hybrid(inputs: Inputs) -> Outputs:
 
 def _all_full(module: str) -> Callable[[Inputs], Outputs]:
     def run(inputs: Inputs) -> Outputs:
-        import importlib
-
         kernel = importlib.import_module(f"hydrasurgery.kernels.attention.{module}")
         return (kernel.forward(inputs["all_q"], inputs["all_k"], inputs["all_v"], None, None, **_PLAIN),)
 
@@ -376,4 +404,6 @@ LAYER = Suite(
     _exact_hybrid, _layer_floor, graph=True,
 )  # fmt: skip
 
-SUITES = {s.name: s for s in (LINEAR_FORWARD, LINEAR_TRAINING, DECODE, FUSION_FORWARD, FUSION_BACKWARD, LAYER)}
+SUITES = {
+    s.name: s for s in (LINEAR_FORWARD, LINEAR_TRAINING, DECODE, MASKED_DECODE, FUSION_FORWARD, FUSION_BACKWARD, LAYER)
+}
