@@ -40,7 +40,8 @@ def launches(model: Any, backend: str) -> Counter[str]:
 
     def look(nodes: list[Any]) -> list[Any]:
         for node in nodes:
-            kind, inner = type(node).__name__, getattr(node, "node", None)
+            kind = type(node).__name__
+            inner: Any = getattr(node, "node", None)
             if kind == "ExternKernelSchedulerNode" and type(inner).__name__ not in MINE:
                 found[
                     str(inner.op_overload or inner.python_kernel_name).removesuffix(".out").removesuffix(".default")

@@ -29,7 +29,7 @@ def hydra(
         graph: what dynamo captured.
         example_inputs: its inputs, with free sizes.
         mode: as "mode" in `options`; torch.compile takes the one or the other.
-        options: "pipeline" (names of graph rewrites, separated by commas; by default all), "mode" (one of Inductor's:
+        options: "pipeline" (names of `graph_rewrites`, separated by commas; by default all), "mode" (one of Inductor's:
             "reduce-overhead" for CUDA graphs, "max-autotune", ...), "inner" (the backend that the graph is handed on to, by default
             "inductor"); the others are Inductor's, or those of the inner backend.
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from hydrasurgery.kernels.attention.reference import visible_keys
-from hydrasurgery.passes.base import ancestors
+from hydrasurgery.passes.base import ancestors, arguments
 from hydrasurgery.raising import ATTENTION
 
 LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
@@ -93,7 +93,7 @@ def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], s
 def fold_small_linears(graph: fx.GraphModule) -> int:
     """Projections of a few tokens to a few channels each, all of one input, become sums that Inductor writes as one kernel.
 
-    The gates of a decoding layer are such: three matrix products of a thousandth of the work of a launch.
+    The gates of a decoding layer are such: three matrix products of one channel a head, whose launches are most of their cost.
     """
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
@@ -106,7 +106,7 @@ def fold_small_linears(graph: fx.GraphModule) -> int:
 
 
 def _is_small(node: fx.Node) -> bool:
-    x, weight = (node.args[i].meta["example_value"] for i in (0, 1))
+    x, weight = (x.meta["example_value"] for x in arguments(node)[:2])
     known = all(isinstance(size, int) for size in (*x.shape, *weight.shape))
     small = known and x.numel() <= FEW_TOKENS * x.shape[-1] and weight.shape[0] * THIN <= weight.shape[1]
     return small and x.dtype == weight.dtype == node.meta["example_value"].dtype  # autocast would cast

@@ -1,4 +1,4 @@
-"""`export_pt2`: a decoder as a `torch.export` archive that needs nothing but the dialect's ops to run."""
+"""`export_pt2`: a decoder as a `torch.export` archive, compiled or not, that needs nothing but the dialect's ops to run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hydrasurgery.errors import ExportError
 from hydrasurgery.export.stateful import Slot, trace
 from hydrasurgery.files import new_files
 
@@ -18,17 +19,21 @@ STATES = "hydrasurgery_states.json"  # a file in the archive that lists the stat
 
 @dataclass(frozen=True)
 class Pt2Export:
-    """What `export_pt2` wrote: the file, its size, and the states in the order of the program's last input."""
+    """What `export_pt2` wrote: the file, its size, the states in the order of the program's last input, and if it is compiled."""
 
     path: Path
     bytes: int
     states: tuple[Slot, ...]
+    aot: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path}: a torch.export program, {self.bytes:,} bytes, {len(self.states)} states"
+        kind = "an AOTInductor package" if self.aot else "a torch.export program"
+        return f"{self.path}: {kind}, {self.bytes:,} bytes, {len(self.states)} states"
 
 
-def export_pt2(model: Any, path: str | os.PathLike[str], *, cache: bool = True, verbose: bool = True) -> Pt2Export:
+def export_pt2(
+    model: Any, path: str | os.PathLike[str], *, cache: bool = True, aot: bool = False, verbose: bool = True
+) -> Pt2Export:
     """Write `model` as a `.pt2` file; nothing is written if anything fails.
 
     In a process that has run `import hydrasurgery.ops`, which registers the ops (no model and no pass is needed),
@@ -40,27 +45,47 @@ def export_pt2(model: Any, path: str | os.PathLike[str], *, cache: bool = True, 
     of the states, which come back as `present`. Where it starts, each has 0 past tokens or is zero: `Slot.empty`. The archive
     lists their names and shapes in the extra file "hydrasurgery_states.json".
 
+    With `aot` the archive holds machine code in the program's place, for this machine's kind of processor and version of torch:
+    `program = torch._inductor.aoti_load_package(path)`, which is called alike; the list is
+    `program.get_metadata()["hydrasurgery_states.json"]`.
+
     Args:
         model: a Hugging Face decoder or a hybrid of one. The program runs on the device that it is on now.
         path: the file to write, usually `*.pt2`; it must not exist.
         cache: take and give states; without, `past` is an empty tuple and logits are the only output.
+        aot: compile by AOTInductor now, which takes a C++ compiler and a path that ends in ".pt2".
         verbose: print what was written.
 
     Raises:
-        ExportError: torch.export fails, the path exists, or the disk is full.
+        ExportError: torch.export or the compiler fails, the path exists, or the disk is full.
         UnsupportedModelError: an architecture that this library refuses.
     """
     path = Path(path)
+    if aot and path.suffix != ".pt2":
+        raise ExportError(f"{path}: AOTInductor wants a name that ends in .pt2")
     with new_files(path) as folder:
         traced = trace(model, cache)
         slots = traced.slots or ()
         names = [{**asdict(slot), "dtype": str(slot.dtype)} for slot in slots]
-        torch.export.save(traced.program, folder / path.name, extra_files={STATES: json.dumps({"states": names})})
+        extra = {STATES: json.dumps({"states": names})}
+        if aot:
+            _compile(type(model).__name__, traced.program, folder / path.name, extra)
+        else:
+            torch.export.save(traced.program, folder / path.name, extra_files=extra)
         size = (folder / path.name).stat().st_size
-    written = Pt2Export(path, size, slots)
+    written = Pt2Export(path, size, slots, aot)
     if verbose:
         print(written)
     return written
+
+
+def _compile(name: str, program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    try:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
+        )
+    except Exception as error:  # a compiler fails in as many ways as there are compilers
+        raise ExportError(f"{name} cannot be compiled by AOTInductor (it takes a C++ compiler): {error}") from error
 
 
 __all__ = ["Pt2Export", "export_pt2"]
