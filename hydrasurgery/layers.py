@@ -152,12 +152,8 @@ def scale_by_length(q: Tensor, positions: Tensor, a: float = LOG_LENGTH) -> Tens
 
 def merge_heads(full: Tensor, linear: Tensor, linear_heads: tuple[int, ...]) -> Tensor:
     """Heads of two kinds [B, T, Hf, D] and [B, T, Hl, D] back into their own slots [B, T, H, D]."""
-    total, parts, done, first = (
-        full.shape[2] + linear.shape[2],
-        [],
-        0,
-        0,
-    )  # done: of the linear heads; first: of the run
+    total, parts = full.shape[2] + linear.shape[2], []
+    first = done = 0  # a run's first slot, and how many linear heads are before it
     for slot in range(1, total + 1):
         is_linear = first in linear_heads
         if slot == total or (slot in linear_heads) != is_linear:

@@ -17,10 +17,8 @@ from hydrasurgery.passes.base import ancestors, arguments
 from hydrasurgery.raising import ATTENTION
 
 LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
-FEW_TOKENS, THIN = (
-    8,
-    16,
-)  # of a projection of few tokens, and of THIN times fewer channels than it reads: a launch costs more
+# A projection of few tokens to THIN times fewer channels than it reads: its launch costs more than its sums.
+FEW_TOKENS, THIN = 8, 16
 
 
 def drop_causal_masks(graph: fx.GraphModule) -> int:
