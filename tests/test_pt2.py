@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 import hydrasurgery as hs
 from hydrasurgery.errors import ExportError
@@ -40,6 +41,8 @@ torch.save(results, calls)
 def test_another_process_gives_the_same_numbers(family: str, aot: bool, tmp_path: Path) -> None:
     if aot and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
+    if aot and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("Inductor of torch 2.11 writes C++ for this program that does not compile")
     model = tiny(family)
     hybrid = stir(hs.rewrite(model, half_plan(model)))
     written = hs.export_pt2(hybrid, tmp_path / "model.pt2", aot=aot, verbose=False)
