@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydrasurgery.layers import l2_norm
-from hydrasurgery.regions import ATTENTION, head_taps
+from hydrasurgery.regions import HeadTap, head_taps
 
 HALF_LIVES = (4.0, 16.0, 64.0, 256.0, 1024.0)  # tokens
 BETAS = (0.1, 0.25)
 
+Past = tuple[Tensor, Tensor, Tensor | None]  # k [1, Hk, P, K], v [1, Hk, P, V], the later tokens' rows of the mask
 Visit = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -142,44 +142,38 @@ def watch_heads(model: nn.Module, visit: Visit) -> Iterator[None]:
 
 
 @contextmanager
-def watch_taps(taps: dict[str, nn.Identity], visit: Callable[[str, LastAttention, Tensor], None]) -> Iterator[None]:
+def watch_taps(taps: dict[str, HeadTap], visit: Callable[[str, LastAttention, Tensor], None]) -> Iterator[None]:
     """While the block lasts, every layer that runs calls visit(name, its attention, its heads' outputs [B, T, H, V])."""
-    with LastAttention() as last:
-        handles = [
-            tap.register_forward_hook(lambda _tap, _args, out, name=name: visit(name, last, out))
-            for name, tap in taps.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    with LastAttention(taps) as last, ExitStack() as stack:
+        for name, tap in taps.items():
+            hook = tap.register_forward_hook(lambda _tap, _args, out, name=name: visit(name, last, out))
+            stack.callback(hook.remove)
+        yield
 
 
-class BehindPast(TorchDispatchMode):
-    """Runs a prompt's later tokens behind recorded keys and values, as one forward's attentions in order.
+@contextmanager
+def behind_past(taps: dict[str, HeadTap], past: dict[str, Past]) -> Iterator[None]:
+    """While the block lasts, attention runs on a prompt's later tokens behind recorded keys and values of each layer."""
 
-    `past` has k [1, Hk, P, K], v [1, Hk, P, V] and the later tokens' rows of the mask (or None) of each attention.
-    """
+    def before(past: Past) -> Callable[..., Any]:
+        before_k, before_v, mask = past
 
-    def __init__(self, past: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-        super().__init__()
-        self.past = iter(past)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ATTENTION:
+        def hook(_tap: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             q, k, v, _, sinks = (*args, None, None)[:5]
-            before_k, before_v, mask = next(self.past)
-            k, v = (
-                torch.cat([before.expand(len(now), -1, -1, -1), now], 2)
-                for before, now in ((before_k, k), (before_v, v))
-            )
-            args = q, k, v, mask, sinks
-        return func(*args, **(kwargs or {}))
+            rows = len(q), -1, -1, -1
+            k, v = torch.cat([before_k.expand(rows), k], 2), torch.cat([before_v.expand(rows), v], 2)
+            return q, k, v, mask, sinks
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in past.items():
+            stack.callback(taps[name].register_forward_pre_hook(before(layer)).remove)
+        yield
 
 
-class LastAttention(TorchDispatchMode):
-    """Remembers what the latest `hydra::attention` was called with; a layer's tap runs right behind it.
+class LastAttention:
+    """While its block lasts, what the attention that ran last was called with: for edits, which run behind it.
 
     q [B, H, T, K], k and v [B, Hk, S, K or V].
     """
@@ -191,11 +185,20 @@ class LastAttention(TorchDispatchMode):
     sinks: Tensor | None
     options: dict[str, Any]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ATTENTION:
-            self.q, self.k, self.v, self.mask, self.sinks = (*args, None, None)[:5]
-            self.options = kwargs or {}
-        return func(*args, **(kwargs or {}))
+    def __init__(self, taps: dict[str, HeadTap]) -> None:
+        self._taps, self._hooks = taps, ExitStack()
+
+    def __enter__(self) -> LastAttention:
+        for tap in self._taps.values():
+            self._hooks.callback(tap.register_forward_hook(self._note, with_kwargs=True, prepend=True).remove)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._hooks.close()
+
+    def _note(self, _tap: nn.Module, args: tuple[Any, ...], options: dict[str, Any], _output: Tensor) -> None:
+        self.q, self.k, self.v, self.mask, self.sinks = (*args, None, None)[:5]
+        self.options = options
 
     def weights(self, positions: Tensor) -> Tensor:
         """Attention weights [B, H, P, S] in fp32 of the queries at `positions` [P]."""

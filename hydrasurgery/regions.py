@@ -798,12 +798,22 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str, nn.Identity]]:
-    """For the time of the block every attention module has an `nn.Identity` on its heads' outputs [B, T, H, D].
+class HeadTap(nn.Module):
+    """A region's attention node as a module, for hooks on q, k, v, mask and sinks and on what the heads give."""
 
-    Forward hooks on these Identities read the outputs or, by returning a tensor, replace them; one of a batch of 1 may return
-    more rows, whose residual broadcasts.
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """`hydra::attention`."""
+        return ATTENTION(q, k, v, mask, sinks, **options)
+
+
+@contextlib.contextmanager
+def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str, HeadTap]]:
+    """For the time of the block every attention module has a `HeadTap` in which its attention runs, under its name.
+
+    Forward hooks on it read the heads' outputs [B, T, H, D] or, by returning a tensor, replace them; one of a batch of 1 may
+    return more rows, whose residual broadcasts. Its inputs are for hooks too.
     """
     originals: dict[str, nn.Module] = {}
     stitched = region_modules(model)
@@ -812,12 +822,12 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
     regions = capture(model, example_inputs)
     taps = {}
     for region in regions:
-        taps[region.name] = region.module.hydra.tap = nn.Identity()
+        taps[region.name] = region.module.hydra.tap = HeadTap()
         node = region.find(ATTENTION)[0]
         with region.graph.inserting_after(node):
-            tap = region.graph.call_module("hydra.tap", (node,))
-        for user in [u for u in node.users if u is not tap]:
-            user.replace_input_with(node, tap)
+            tap = region.graph.call_module("hydra.tap", node.args, node.kwargs)
+        node.replace_all_uses_with(tap)
+        region.graph.erase_node(node)
         _follow_batch(region, tap)
         originals[region.name] = model.get_submodule(region.name)
     try:

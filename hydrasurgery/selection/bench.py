@@ -24,15 +24,15 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.calibration import BehindPast, LastAttention, LinearFit, fit_linear_heads, run_model, watch_taps
+from hydrasurgery.calibration import LastAttention, LinearFit, Past, behind_past, fit_linear_heads, run_model, watch_taps
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.regions import Region, head_taps, regions
+from hydrasurgery.regions import HeadTap, Region, head_taps, regions
 
 DISCOUNT = 0.9
 FIT_TOKENS, FIT_SEQUENCES = 2048, 4  # what the linear stand-ins are fitted on
 
-Taps = dict[str, nn.Identity]
+Taps = dict[str, HeadTap]
 Head = tuple[str, int]  # the layer's name, the head's number
 Advance = Callable[[int, int], None]  # pairs just finished, pairs that were added to the work
 Edit = Callable[[str, Tensor], Tensor]  # a layer's name and its heads' live outputs [R, T, H, D] -> their replacement
@@ -44,8 +44,8 @@ class Run:
     """What a pair's clean and corrupt run leave behind at `positions`, the tokens a replay runs on.
 
     `clean` and `corrupt` are head outputs by layer, [P, H, D]; the logits are [A, vocabulary]; `asked` [A] are the
-    places of the answer in `positions`. `past` are keys, values and mask rows of each attention, of the tokens in front
-    of `positions` (see `BehindPast`); empty where a replay needs none.
+    places of the answer in `positions`. `past` are keys, values and mask rows of each layer, of the tokens in front
+    of `positions` (see `behind_past`); empty where a replay needs none.
     """
 
     ids: Tensor
@@ -55,7 +55,7 @@ class Run:
     corrupt_logits: Tensor
     clean: dict[str, Tensor] = field(default_factory=dict)
     corrupt: dict[str, Tensor] = field(default_factory=dict)
-    past: tuple[tuple[Tensor, Tensor, Tensor | None], ...] = ()
+    past: dict[str, Past] = field(default_factory=dict)
 
     def at_answer(self) -> Run:
         """A run of whole prompts narrowed to the tokens that predict the answer."""
@@ -202,8 +202,7 @@ class Bench:
                     return edit(name, output.repeat(count, 1, 1, 1) if name == first else output)
 
                 stack.callback(tap.register_forward_hook(hook).remove)
-            if run.past:
-                stack.enter_context(BehindPast(run.past))
+            stack.enter_context(behind_past(self.taps, run.past))
             ids, places = (x.expand(1 if first else count, -1) for x in (run.ids[run.positions], run.positions))
             return _logits(self.model, ids, run.asked, position_ids=places)
 
@@ -228,17 +227,17 @@ class Bench:
         start = changes[0] if changes else 0
         if not start:
             return run
-        past: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        past: dict[str, Past] = {}
 
-        def visit(_name: str, last: LastAttention, _output: Tensor) -> None:
+        def visit(name: str, last: LastAttention, _output: Tensor) -> None:
             mask = None if last.mask is None else last.mask[:, :, start:]
-            past.append((last.k[:, :, :start], last.v[:, :, :start], mask))
+            past[name] = last.k[:, :, :start], last.v[:, :, :start], mask
 
         with watch_taps(self.taps, visit):
             self.forward(run.ids[None])
         clean, corrupt = ({n: x[start:] for n, x in outputs.items()} for outputs in (run.clean, run.corrupt))
         places = run.positions[start:], run.asked - start
-        return Run(run.ids, *places, run.clean_logits, run.corrupt_logits, clean, corrupt, tuple(past))
+        return Run(run.ids, *places, run.clean_logits, run.corrupt_logits, clean, corrupt, past)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, 1, vocabulary] behind prompts [B, T], taps running."""

@@ -19,7 +19,7 @@ def learned_gates(bench: Bench) -> dict[str, Tensor]:
     divergence. In the backward pass the stand-ins O^ are constants; later heads' softmax outputs are not.
     """
     fits = bench.fits
-    with LastAttention() as last:
+    with LastAttention(bench.taps) as last:
         return bench.measure(lambda pair, run: _learn(bench, run, last, fits), whole=True)
 
 

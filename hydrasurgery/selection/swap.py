@@ -30,7 +30,7 @@ def swap_divergence(bench: Bench) -> dict[str, Tensor]:
 
 def _swap(bench: Bench, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[str, Tensor]:
     fits = bench.fits
-    with LastAttention() as last:
+    with LastAttention(bench.taps) as last:
 
         def change(name: str, rows: list[int], heads: list[int]) -> Tensor:
             return stand_in(last, fits[name], rows, heads)
@@ -84,7 +84,7 @@ def swap_check(
             name: torch.tensor([[kind != "full" for kind in plan.layers[number].kinds] for plan in plans.values()])
             for number, name in enumerate(bench.taps)
         }
-        with LastAttention() as last:
+        with LastAttention(bench.taps) as last:
             found = bench.measure(lambda pair, run: {"all": _answers(bench, pair, run, linear, last)}, whole=True)[
                 "all"
             ]
