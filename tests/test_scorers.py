@@ -9,7 +9,7 @@ from torch import nn
 from hydrasurgery.calibration import LastAttention, watch_taps
 from hydrasurgery.errors import PlanError, ProbeError
 from hydrasurgery.plan import plan_heads
-from hydrasurgery.regions import head_taps
+from hydrasurgery.regions import HeadTap, head_taps
 from hydrasurgery.rewrite import rewrite
 from hydrasurgery.selection import METHODS, fuse_scores, score_heads, swap_check
 from hydrasurgery.selection.attention import attention_at
@@ -306,7 +306,7 @@ def test_every_method_says_where_its_scores_come_from(method):
     assert one == two
     assert (one.method, one.pairs, one.seed, one.tasks) == (method, 2, 5, ("planted", "planted"))
     assert all(len(layer.samples) == (2 if method in SCORERS else 0) for layer in one.layers)
-    assert not any(isinstance(m, nn.Identity) for m in model.modules())
+    assert not any(isinstance(m, HeadTap) for m in model.modules())
 
 
 @pytest.mark.parametrize("method", [m for m in SCORERS if m != "gates"])
@@ -362,6 +362,7 @@ def test_what_is_in_front_of_a_change_is_run_once(family):
     model = tiny(family)
     pair = answered_pairs(model, 1, vocabulary=90)[0]
     with open_bench(model, [pair]) as bench:
+        assert bench.blocks
         assert bench.grows
         assert bench.resumes
         grown = SCORERS["activation-patching-unfrozen"](bench)

@@ -45,7 +45,8 @@ class Run:
 
     `clean` and `corrupt` are head outputs by layer, [P, H, D]; the logits are [A, vocabulary]; `asked` [A] are the
     places of the answer in `positions`. `past` are keys, values and mask rows of each layer, of the tokens in front
-    of `positions` (see `behind_past`); empty where a replay needs none.
+    of `positions` (see `behind_past`); empty where a replay needs none. `leaving` is what the block of each layer gave in
+    the clean run of a whole prompt, hidden states [1, P, C] or a tuple that begins with them.
     """
 
     ids: Tensor
@@ -56,6 +57,7 @@ class Run:
     clean: dict[str, Tensor] = field(default_factory=dict)
     corrupt: dict[str, Tensor] = field(default_factory=dict)
     past: dict[str, Past] = field(default_factory=dict)
+    leaving: dict[str, Any] = field(default_factory=dict)
 
     def at_answer(self) -> Run:
         """A run of whole prompts narrowed to the tokens that predict the answer."""
@@ -108,8 +110,14 @@ class Bench:
         return False
 
     @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The decoder block that each layer stands in, in order; none where a module list of one layer a block is missing."""
+        found = {name: _listed(self.model, name) for name in self.taps}
+        return {name: block for name, block in found.items() if block} if len(set(found.values())) == len(found) else {}
+
+    @cached_property
     def grows(self) -> bool:
-        """Whether a batch may grow behind a layer's heads: tried on the last one, and the logits compared."""
+        """Whether a replay may start at a layer's heads, which then part: tried on the last one, and the logits compared."""
         last = list(self.taps)[-1]
         run = self._observe(self.pairs[:1], whole=True)[0]
         try:
@@ -193,9 +201,12 @@ class Bench:
     def replay(self, run: Run, count: int, edit: Edit, *, first: str | None = None) -> Tensor:
         """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`.
 
-        With `first`, what comes before that layer's head outputs, which the copies have in common, is run once.
+        With `first`, what comes before that layer's head outputs, which the copies have in common, is run once, and of
+        blocks in front of it nothing but their recorded output is used.
         """
         with ExitStack() as stack:
+            if first and run.leaving:
+                stack.enter_context(_skipped(self.blocks, run.leaving, list(self.taps).index(first)))
             for name, tap in self.taps.items():
 
                 def hook(_tap: nn.Module, _args: object, output: Tensor, name: str = name) -> Tensor:
@@ -237,7 +248,8 @@ class Bench:
             self.forward(run.ids[None])
         clean, corrupt = ({n: x[start:] for n, x in outputs.items()} for outputs in (run.clean, run.corrupt))
         places = run.positions[start:], run.asked - start
-        return Run(run.ids, *places, run.clean_logits, run.corrupt_logits, clean, corrupt, past)
+        leaving = {name: _hidden(out, (slice(None), slice(start, None))) for name, out in run.leaving.items()}
+        return Run(run.ids, *places, run.clean_logits, run.corrupt_logits, clean, corrupt, past, leaving)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, 1, vocabulary] behind prompts [B, T], taps running."""
@@ -250,6 +262,7 @@ class Bench:
         asked = torch.stack([pair.answer_positions for pair in pairs]).to(device)
         positions = torch.arange(ids.shape[1], device=device).expand(len(pairs), -1) if whole else asked
         kept: dict[str, Tensor] = {}
+        left: dict[str, Any] = {}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
@@ -261,6 +274,9 @@ class Bench:
         with ExitStack() as stack:
             for name, tap in self.taps.items():
                 stack.callback(tap.register_forward_hook(keep(name)).remove)
+            for name, block in self.blocks.items() if whole else ():
+                hook = block.register_forward_hook(lambda _block, _args, out, name=name: left.update({name: out}))
+                stack.callback(hook.remove)
             needed = torch.unique(asked)
             logits = _logits(self.model, ids, needed)
         runs = []
@@ -271,6 +287,7 @@ class Bench:
             run = Run(ids[clean], positions[clean], inside, logits[clean, at], logits[corrupt, at])
             run.clean = {name: outputs[clean] for name, outputs in kept.items()}
             run.corrupt = {name: outputs[corrupt] for name, outputs in kept.items()}
+            run.leaving = {name: _hidden(out, slice(clean, clean + 1)) for name, out in left.items()}
             runs.append(run)
         return runs
 
@@ -382,6 +399,32 @@ def _logits(model: nn.Module, ids: Tensor, positions: Tensor, position_ids: Tens
     out = run_model(model, ids, **options)
     logits = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
     return logits if logits.shape[1] == len(positions) else logits[:, positions.to(logits.device)]
+
+
+def _listed(model: nn.Module, name: str) -> nn.Module | None:
+    """The member of the innermost module list that a module stands in."""
+    while name:
+        above, _, _ = name.rpartition(".")
+        if isinstance(model.get_submodule(above), nn.ModuleList):
+            return model.get_submodule(name)
+        name = above
+    return None
+
+
+def _hidden(out: Any, at: Any) -> Any:
+    """A block's output with its hidden states [B, T, C], alone or the first of a tuple, cut to those `at`."""
+    return (out[0][at], *out[1:]) if isinstance(out, tuple) else out[at]
+
+
+@contextmanager
+def _skipped(blocks: Mapping[str, nn.Module], outputs: Mapping[str, Any], count: int) -> Iterator[None]:
+    """For the time of the block the first `count` blocks do nothing but give their recorded outputs."""
+    with ExitStack() as stack:
+        for name, block in list(blocks.items())[:count]:
+            stack.callback(block.__dict__.update, {key: v for key, v in block.__dict__.items() if key == "forward"})
+            stack.callback(block.__dict__.pop, "forward", None)
+            block.forward = lambda *_args, _out=outputs[name], **_kwargs: _out
+        yield
 
 
 def _calibration_ids(pairs: Sequence[Pair]) -> Tensor:
