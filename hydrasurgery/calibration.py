@@ -21,7 +21,7 @@ from hydrasurgery.regions import HeadTap, head_taps
 HALF_LIVES = (4.0, 16.0, 64.0, 256.0, 1024.0)  # tokens
 BETAS = (0.1, 0.25)
 
-Past = tuple[Tensor, Tensor, Tensor | None]  # k [1, Hk, P, K], v [1, Hk, P, V], the later tokens' rows of the mask
+Attended = tuple[Tensor, Tensor, Tensor | None]  # k [1, Hk, T, K], v [1, Hk, T, V] and mask of a prompt's attention
 Visit = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -152,23 +152,23 @@ def watch_taps(taps: dict[str, HeadTap], visit: Callable[[str, LastAttention, Te
 
 
 @contextmanager
-def behind_past(taps: dict[str, HeadTap], past: dict[str, Past]) -> Iterator[None]:
-    """While the block lasts, attention runs on a prompt's later tokens behind recorded keys and values of each layer."""
+def behind_past(taps: dict[str, HeadTap], whole: dict[str, Attended], start: int) -> Iterator[None]:
+    """While the block lasts, attention runs on a prompt's tokens from `start` on, behind recorded keys and values."""
 
-    def before(past: Past) -> Callable[..., Any]:
-        before_k, before_v, mask = past
-
+    def behind(k: Tensor, v: Tensor, mask: Tensor | None) -> Callable[..., Any]:
         def hook(_tap: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            q, k, v, _, sinks = (*args, None, None)[:5]
+            q, later_k, later_v, _, sinks = (*args, None, None)[:5]
             rows = len(q), -1, -1, -1
-            k, v = torch.cat([before_k.expand(rows), k], 2), torch.cat([before_v.expand(rows), v], 2)
-            return q, k, v, mask, sinks
+            together = (
+                torch.cat([past[:, :, :start].expand(rows), later], 2) for past, later in ((k, later_k), (v, later_v))
+            )
+            return q, *together, None if mask is None else mask[:, :, start:], sinks
 
         return hook
 
     with ExitStack() as stack:
-        for name, layer in past.items():
-            stack.callback(taps[name].register_forward_pre_hook(before(layer)).remove)
+        for name, attended in whole.items():
+            stack.callback(taps[name].register_forward_pre_hook(behind(*attended)).remove)
         yield
 
 

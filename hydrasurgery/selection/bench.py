@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -24,7 +24,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.calibration import LastAttention, LinearFit, Past, behind_past, fit_linear_heads, run_model, watch_taps
+from hydrasurgery.calibration import Attended, LastAttention, LinearFit, behind_past, fit_linear_heads, run_model, watch_taps
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.regions import HeadTap, Region, head_taps, regions
@@ -44,9 +44,9 @@ class Run:
     """What a pair's clean and corrupt run leave behind at `positions`, the tokens a replay runs on.
 
     `clean` and `corrupt` are head outputs by layer, [P, H, D]; the logits are [A, vocabulary]; `asked` [A] are the
-    places of the answer in `positions`. `past` are keys, values and mask rows of each layer, of the tokens in front
-    of `positions` (see `behind_past`); empty where a replay needs none. `leaving` is what the block of each layer gave in
-    the clean run of a whole prompt, hidden states [1, P, C] or a tuple that begins with them.
+    places of the answer in `positions`. Of whole prompts two more things of the clean run are kept, by layer: `attended`,
+    the keys, values and mask of its attention, and `leaving`, what its block gave (hidden states [1, P, C], or a tuple
+    that begins with them). `positions` may then begin behind a `start`: the tokens in front are attended to.
     """
 
     ids: Tensor
@@ -56,8 +56,9 @@ class Run:
     corrupt_logits: Tensor
     clean: dict[str, Tensor] = field(default_factory=dict)
     corrupt: dict[str, Tensor] = field(default_factory=dict)
-    past: dict[str, Past] = field(default_factory=dict)
+    attended: dict[str, Attended] = field(default_factory=dict)
     leaving: dict[str, Any] = field(default_factory=dict)
+    start: int = 0
 
     def at_answer(self) -> Run:
         """A run of whole prompts narrowed to the tokens that predict the answer."""
@@ -213,7 +214,8 @@ class Bench:
                     return edit(name, output.repeat(count, 1, 1, 1) if name == first else output)
 
                 stack.callback(tap.register_forward_hook(hook).remove)
-            stack.enter_context(behind_past(self.taps, run.past))
+            if run.start:
+                stack.enter_context(behind_past(self.taps, run.attended, run.start))
             ids, places = (x.expand(1 if first else count, -1) for x in (run.ids[run.positions], run.positions))
             return _logits(self.model, ids, run.asked, position_ids=places)
 
@@ -238,18 +240,15 @@ class Bench:
         start = changes[0] if changes else 0
         if not start:
             return run
-        past: dict[str, Past] = {}
-
-        def visit(name: str, last: LastAttention, _output: Tensor) -> None:
-            mask = None if last.mask is None else last.mask[:, :, start:]
-            past[name] = last.k[:, :, :start], last.v[:, :, :start], mask
-
-        with watch_taps(self.taps, visit):
-            self.forward(run.ids[None])
-        clean, corrupt = ({n: x[start:] for n, x in outputs.items()} for outputs in (run.clean, run.corrupt))
-        places = run.positions[start:], run.asked - start
-        leaving = {name: _hidden(out, (slice(None), slice(start, None))) for name, out in run.leaving.items()}
-        return Run(run.ids, *places, run.clean_logits, run.corrupt_logits, clean, corrupt, past, leaving)
+        return replace(
+            run,
+            positions=run.positions[start:],
+            asked=run.asked - start,
+            clean={name: outputs[start:] for name, outputs in run.clean.items()},
+            corrupt={name: outputs[start:] for name, outputs in run.corrupt.items()},
+            leaving={name: _hidden(out, (slice(None), slice(start, None))) for name, out in run.leaving.items()},
+            start=start,
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, 1, vocabulary] behind prompts [B, T], taps running."""
@@ -262,21 +261,22 @@ class Bench:
         asked = torch.stack([pair.answer_positions for pair in pairs]).to(device)
         positions = torch.arange(ids.shape[1], device=device).expand(len(pairs), -1) if whole else asked
         kept: dict[str, Tensor] = {}
+        attended: dict[str, Attended] = {}
         left: dict[str, Any] = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-                at = positions.repeat(2, 1).to(output.device)
-                kept[name] = output[torch.arange(len(at), device=output.device)[:, None], at]
+        def keep(name: str, last: LastAttention, output: Tensor) -> None:
+            at = positions.repeat(2, 1).to(output.device)
+            kept[name] = output[torch.arange(len(at), device=output.device)[:, None], at]
+            if whole:
+                attended[name] = last.k[: len(pairs)].clone(), last.v[: len(pairs)].clone(), last.mask
 
-            return hook
+        def leave(name: str) -> Callable[..., None]:
+            return lambda _block, _args, out: left.update({name: _hidden(out, slice(len(pairs)))})
 
         with ExitStack() as stack:
-            for name, tap in self.taps.items():
-                stack.callback(tap.register_forward_hook(keep(name)).remove)
+            stack.enter_context(watch_taps(self.taps, keep))
             for name, block in self.blocks.items() if whole else ():
-                hook = block.register_forward_hook(lambda _block, _args, out, name=name: left.update({name: out}))
-                stack.callback(hook.remove)
+                stack.callback(block.register_forward_hook(leave(name)).remove)
             needed = torch.unique(asked)
             logits = _logits(self.model, ids, needed)
         runs = []
@@ -287,6 +287,7 @@ class Bench:
             run = Run(ids[clean], positions[clean], inside, logits[clean, at], logits[corrupt, at])
             run.clean = {name: outputs[clean] for name, outputs in kept.items()}
             run.corrupt = {name: outputs[corrupt] for name, outputs in kept.items()}
+            run.attended = {name: _of_row(clean, *parts) for name, parts in attended.items()}
             run.leaving = {name: _hidden(out, slice(clean, clean + 1)) for name, out in left.items()}
             runs.append(run)
         return runs
@@ -409,6 +410,11 @@ def _listed(model: nn.Module, name: str) -> nn.Module | None:
             return model.get_submodule(name)
         name = above
     return None
+
+
+def _of_row(row: int, k: Tensor, v: Tensor, mask: Tensor | None) -> Attended:
+    at = slice(row, row + 1)
+    return k[at], v[at], mask if mask is None or len(mask) == 1 else mask[at]
 
 
 def _hidden(out: Any, at: Any) -> Any:
