@@ -15,7 +15,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -37,6 +37,10 @@ Head = tuple[str, int]  # the layer's name, the head's number
 Advance = Callable[[int, int], None]  # pairs just finished, pairs that were added to the work
 Edit = Callable[[str, Tensor], Tensor]  # a layer's name and its heads' live outputs [R, T, H, D] -> their replacement
 Change = Callable[[str, list[int], list[int]], Tensor]  # a layer's name, rows, heads -> outputs of those [N, T, D]
+
+
+class _Reached(Exception):
+    """A replay has come as far as is wanted."""
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Run:
         """A run of whole prompts narrowed to the tokens that predict the answer."""
         clean, corrupt = ({n: x[self.asked] for n, x in outputs.items()} for outputs in (self.clean, self.corrupt))
         places = torch.arange(len(self.asked), device=self.asked.device)
-        return Run(self.ids, self.asked, places, self.clean_logits, self.corrupt_logits, clean, corrupt)
+        return Run(self.ids, self.positions[self.asked], places, self.clean_logits, self.corrupt_logits, clean, corrupt)
 
 
 class Bench:
@@ -114,7 +118,7 @@ class Bench:
     def blocks(self) -> dict[str, nn.Module]:
         """The decoder block that each layer stands in, in order; none where a module list of one layer a block is missing."""
         found = {name: _listed(self.model, name) for name in self.taps}
-        return {name: block for name, block in found.items() if block} if len(set(found.values())) == len(found) else {}
+        return {name: block for name, block in found.items() if block and len(set(found.values())) == len(found)}
 
     @cached_property
     def grows(self) -> bool:
@@ -122,7 +126,7 @@ class Bench:
         last = list(self.taps)[-1]
         run = self._observe(self.pairs[:1], whole=True)[0]
         try:
-            logits = self.replay(run, 2, lambda _name, output: output, first=last)
+            logits = self.replay_from(last, run, 2, lambda _name, output: output)
         except (RuntimeError, TypeError, ValueError, KeyError):  # a layer that is told its batch in another way
             return False
         tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
@@ -196,8 +200,11 @@ class Bench:
         # A batch that grows at a changed layer holds that layer's heads alone.
         groups = [list(group) for _, group in groupby(heads, key=itemgetter(0))] if grows else [heads]
         for batch in (group[start : start + size] for group in groups for start in range(0, len(group), size)):
-            first = batch[0][0] if grows else None
-            yield batch, self.replay(run, 1 + len(batch), changed(run, batch, change, live=live), first=first)
+            edit = changed(run, batch, change, live=live)
+            if grows:
+                yield batch, self.replay_from(batch[0][0], run, 1 + len(batch), edit)
+            else:
+                yield batch, self.replay(run, 1 + len(batch), edit)
 
     def replay(self, run: Run, count: int, edit: Edit, *, first: str | None = None) -> Tensor:
         """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`.
@@ -207,17 +214,55 @@ class Bench:
         """
         with ExitStack() as stack:
             if first and run.leaving:
-                stack.enter_context(_skipped(self.blocks, run.leaving, list(self.taps).index(first)))
+                stack.enter_context(self._skipped(first, run))
             for name, tap in self.taps.items():
 
                 def hook(_tap: nn.Module, _args: object, output: Tensor, name: str = name) -> Tensor:
-                    return edit(name, output.repeat(count, 1, 1, 1) if name == first else output)
+                    return edit(name, output.repeat(count // len(output), 1, 1, 1) if name == first else output)
 
                 stack.callback(tap.register_forward_hook(hook).remove)
             if run.start:
                 stack.enter_context(behind_past(self.taps, run.attended, run.start))
             ids, places = (x.expand(1 if first else count, -1) for x in (run.ids[run.positions], run.positions))
             return _logits(self.model, ids, run.asked, position_ids=places)
+
+    def replay_from(self, first: str, run: Run, count: int, edit: Edit) -> Tensor:
+        """Live replay that starts at a layer's heads; logits [count, A, vocabulary].
+
+        Behind the last layer's heads no token reads another, so that only the answer's tokens go on.
+        """
+        if len(run.leaving) < 2 or not self.local:
+            return self.replay(run, count, edit, first=first)
+        before, last = list(self.taps)[-2:]
+        heads: dict[str, Tensor] = {}
+        leaving: dict[str, Any] = {}
+
+        def enter(_block: nn.Module, _args: object, out: Any) -> None:
+            leaving[before] = _hidden(out, (slice(None), run.asked))
+
+        def stop(name: str, output: Tensor) -> Tensor:
+            out = edit(name, output)
+            if name == last:
+                heads[name] = out[:, run.asked]
+                raise _Reached
+            return out
+
+        with self.blocks[before].register_forward_hook(enter), suppress(_Reached):
+            self.replay(run, count, stop, first=first)
+        answer = replace(run.at_answer(), leaving=leaving)
+        return self.replay(answer, count, lambda name, _output: heads[name], first=last)
+
+    @contextmanager
+    def _skipped(self, first: str, run: Run) -> Iterator[None]:
+        """For the time of the block those in front of a layer's do nothing but give what the last of them gave in `run`."""
+        place = list(self.taps).index(first)
+        with ExitStack() as stack:
+            for name in list(self.taps)[:place]:
+                own = self.blocks[name].__dict__
+                stack.callback(own.update, {key: own[key] for key in ("forward",) if key in own})
+                stack.callback(own.pop, "forward")
+                own["forward"] = lambda *_args, **_kwargs: run.leaving[list(self.taps)[place - 1]]
+            yield
 
     @cached_property
     def resumes(self) -> bool:
@@ -420,17 +465,6 @@ def _of_row(row: int, k: Tensor, v: Tensor, mask: Tensor | None) -> Attended:
 def _hidden(out: Any, at: Any) -> Any:
     """A block's output with its hidden states [B, T, C], alone or the first of a tuple, cut to those `at`."""
     return (out[0][at], *out[1:]) if isinstance(out, tuple) else out[at]
-
-
-@contextmanager
-def _skipped(blocks: Mapping[str, nn.Module], outputs: Mapping[str, Any], count: int) -> Iterator[None]:
-    """For the time of the block the first `count` blocks do nothing but give their recorded outputs."""
-    with ExitStack() as stack:
-        for name, block in list(blocks.items())[:count]:
-            stack.callback(block.__dict__.update, {key: v for key, v in block.__dict__.items() if key == "forward"})
-            stack.callback(block.__dict__.pop, "forward", None)
-            block.forward = lambda *_args, _out=outputs[name], **_kwargs: _out
-        yield
 
 
 def _calibration_ids(pairs: Sequence[Pair]) -> Tensor:
