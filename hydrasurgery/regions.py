@@ -812,8 +812,8 @@ class HeadTap(nn.Module):
 def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str, HeadTap]]:
     """For the time of the block every attention module has a `HeadTap` in which its attention runs, under its name.
 
-    Forward hooks on it read the heads' outputs [B, T, H, D] or, by returning a tensor, replace them; one of a batch of 1 may
-    return more rows, whose residual broadcasts. Its inputs are for hooks too.
+    Forward hooks on it read the heads' outputs [B, T, H, D] or, by returning a tensor, replace them. Its inputs are for hooks
+    too.
     """
     originals: dict[str, nn.Module] = {}
     stitched = region_modules(model)
@@ -828,7 +828,6 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
             tap = region.graph.call_module("hydra.tap", node.args, node.kwargs)
         node.replace_all_uses_with(tap)
         region.graph.erase_node(node)
-        _follow_batch(region, tap)
         originals[region.name] = model.get_submodule(region.name)
     try:
         with using_hydra_attention(model):
@@ -837,16 +836,6 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
     finally:
         for name, original in originals.items():
             replace_module(model, name, original)
-
-
-def _follow_batch(region: Region, tap: fx.Node) -> None:
-    """Behind the tap the batch is the tap's own, not that of the hidden states."""
-    order = {node: place for place, node in enumerate(region.graph.nodes)}
-    for size in region.find(torch.ops.aten.sym_size.int):
-        if size.args[1] == 0:
-            with region.graph.inserting_after(tap):
-                own = region.graph.call_function(torch.ops.aten.sym_size.int, (tap, 0))
-            size.replace_all_uses_with(own, delete_user_cb=lambda user: order.get(user, -1) > order[tap])
 
 
 __all__ = [

@@ -362,11 +362,10 @@ def test_what_is_in_front_of_a_change_is_run_once(family):
     model = tiny(family)
     pair = answered_pairs(model, 1, vocabulary=90)[0]
     with open_bench(model, [pair]) as bench:
-        assert bench.blocks
-        assert bench.grows
+        assert bench.joins
         assert bench.resumes
         grown = SCORERS["activation-patching-unfrozen"](bench)
-        bench.grows = bench.resumes = False
+        bench.joins = bench.resumes = False
         whole = SCORERS["activation-patching-unfrozen"](bench)
     for name, values in whole.items():
         torch.testing.assert_close(grown[name], values, atol=1e-4, rtol=1e-3)

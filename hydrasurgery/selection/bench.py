@@ -14,11 +14,12 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import pairwise
 from operator import itemgetter
 
 import torch
@@ -116,21 +117,18 @@ class Bench:
 
     @cached_property
     def blocks(self) -> dict[str, nn.Module]:
-        """The decoder block that each layer stands in, in order; none where a module list of one layer a block is missing."""
+        """The decoder block that each layer stands in, in order; none unless two or more stand in module lists, a block each."""
         found = {name: _listed(self.model, name) for name in self.taps}
-        return {name: block for name, block in found.items() if block and len(set(found.values())) == len(found)}
+        return {name: block for name, block in found.items() if block and len(set(found.values())) == len(found) > 1}
 
     @cached_property
-    def grows(self) -> bool:
-        """Whether a replay may start at a layer's heads, which then part: tried on the last one, and the logits compared."""
-        last = list(self.taps)[-1]
-        run = self._observe(self.pairs[:1], whole=True)[0]
-        try:
-            logits = self.replay_from(last, run, 2, lambda _name, output: output)
-        except (RuntimeError, TypeError, ValueError, KeyError):  # a layer that is told its batch in another way
+    def joins(self) -> bool:
+        """Whether rows may join a replay at a block, and answer tokens leave it alone: tried, and the logits compared."""
+        if not (self.blocks and self.local):
             return False
-        tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
-        return len(logits) == 2 and bool((logits - run.clean_logits).abs().max() <= tolerance)
+        names, run = list(self.taps), self._observe(self.pairs[:1], whole=True)[0]
+        heads = [(names[len(names) // 2], 0), (names[-1], 0)]
+        return self._agrees(run, lambda: self._replay_joined(run, heads, lambda _name, output: output))
 
     @cached_property
     def fits(self) -> dict[str, LinearFit]:
@@ -196,72 +194,66 @@ class Bench:
         """
         heads = self.heads(run) if heads is None else heads
         size = self.rows if len(run.positions) == len(run.asked) else min(self.rows, self.batch_size)
-        grows = live and self.grows
-        # A batch that grows at a changed layer holds that layer's heads alone.
-        groups = [list(group) for _, group in groupby(heads, key=itemgetter(0))] if grows else [heads]
-        for batch in (group[start : start + size] for group in groups for start in range(0, len(group), size)):
+        for start in range(0, len(heads), size):
+            batch = heads[start : start + size]
             edit = changed(run, batch, change, live=live)
-            if grows:
-                yield batch, self.replay_from(batch[0][0], run, 1 + len(batch), edit)
-            else:
-                yield batch, self.replay(run, 1 + len(batch), edit)
+            joined = live and self.joins
+            yield batch, self._replay_joined(run, batch, edit) if joined else self.replay(run, 1 + len(batch), edit)
 
-    def replay(self, run: Run, count: int, edit: Edit, *, first: str | None = None) -> Tensor:
-        """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`.
-
-        With `first`, what comes before that layer's head outputs, which the copies have in common, is run once, and of
-        blocks in front of it nothing but their recorded output is used.
-        """
+    def replay(self, run: Run, count: int, edit: Edit) -> Tensor:
+        """Logits [count, A, vocabulary] of `count` copies of a run, every layer's head outputs passed through `edit`."""
         with ExitStack() as stack:
-            if first and run.leaving:
-                stack.enter_context(self._skipped(first, run))
             for name, tap in self.taps.items():
-
-                def hook(_tap: nn.Module, _args: object, output: Tensor, name: str = name) -> Tensor:
-                    return edit(name, output.repeat(count // len(output), 1, 1, 1) if name == first else output)
-
-                stack.callback(tap.register_forward_hook(hook).remove)
+                hook = tap.register_forward_hook(lambda _tap, _args, output, name=name: edit(name, output))
+                stack.callback(hook.remove)
             if run.start:
                 stack.enter_context(behind_past(self.taps, run.attended, run.start))
-            ids, places = (x.expand(1 if first else count, -1) for x in (run.ids[run.positions], run.positions))
+            ids, places = (x.expand(count, -1) for x in (run.ids[run.positions], run.positions))
             return _logits(self.model, ids, run.asked, position_ids=places)
 
-    def replay_from(self, first: str, run: Run, count: int, edit: Edit) -> Tensor:
-        """Live replay that starts at a layer's heads; logits [count, A, vocabulary].
+    def _replay_joined(self, run: Run, heads: Sequence[Head], edit: Edit) -> Tensor:
+        """Live replay in which row r + 1 differs from row 0 at the layer of head r, and joins in front of its block.
 
-        Behind the last layer's heads no token reads another, so that only the answer's tokens go on.
+        `heads` are in the layers' order. Blocks in front of the first give what they gave in `run`, and behind the last
+        layer's heads, where no token reads another, only the answer's tokens go on. Logits [1 + N, A, vocabulary].
         """
-        if len(run.leaving) < 2 or not self.local:
-            return self.replay(run, count, edit, first=first)
-        before, last = list(self.taps)[-2:]
-        heads: dict[str, Tensor] = {}
-        leaving: dict[str, Any] = {}
+        names, counts = list(self.taps), Counter(name for name, _ in heads)
+        last, entered, given = names[-1], [], []
 
-        def enter(_block: nn.Module, _args: object, out: Any) -> None:
-            leaving[before] = _hidden(out, (slice(None), run.asked))
+        def join(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: torch.cat([x, x[:1].expand(counts[name], -1, -1)])
+
+        def enter(x: Tensor) -> Tensor:
+            entered.append(x[:, run.asked])
+            return x
 
         def stop(name: str, output: Tensor) -> Tensor:
-            out = edit(name, output)
+            output = edit(name, output)
             if name == last:
-                heads[name] = out[:, run.asked]
+                given.append(output[:, run.asked])
                 raise _Reached
-            return out
+            return output
 
-        with self.blocks[before].register_forward_hook(enter), suppress(_Reached):
-            self.replay(run, count, stop, first=first)
-        answer = replace(run.at_answer(), leaving=leaving)
-        return self.replay(answer, count, lambda name, _output: heads[name], first=last)
+        with ExitStack() as stack:
+            stack.enter_context(self._skipped(names[: names.index(heads[0][0])], run.leaving))
+            for name in counts:
+                stack.enter_context(_entering(self.blocks[name], join(name)))
+            stack.enter_context(_entering(self.blocks[last], enter))
+            stack.enter_context(suppress(_Reached))
+            self.replay(run, 1, stop)
+        before = _map_hidden(run.leaving[names[-2]], lambda _: entered[0])
+        with self._skipped(names[:-1], {names[-2]: before}):
+            return self.replay(run.at_answer(), 1, lambda _name, _output: given[0])
 
     @contextmanager
-    def _skipped(self, first: str, run: Run) -> Iterator[None]:
-        """For the time of the block those in front of a layer's do nothing but give what the last of them gave in `run`."""
-        place = list(self.taps).index(first)
+    def _skipped(self, names: Sequence[str], leaving: Mapping[str, Any]) -> Iterator[None]:
+        """For the time of the block the blocks of these first layers do nothing but give what the last of them gave."""
         with ExitStack() as stack:
-            for name in list(self.taps)[:place]:
+            for name in names:
                 own = self.blocks[name].__dict__
                 stack.callback(own.update, {key: own[key] for key in ("forward",) if key in own})
                 stack.callback(own.pop, "forward")
-                own["forward"] = lambda *_args, **_kwargs: run.leaving[list(self.taps)[place - 1]]
+                own["forward"] = lambda *_args, **_kwargs: leaving[names[-1]]
             yield
 
     @cached_property
@@ -269,12 +261,16 @@ class Bench:
         """Whether a live replay may start behind recorded keys and values: tried on a pair, and the logits compared."""
         run = self._observe(self.pairs[:1], whole=True)[0]
         later = self._resumed(self.pairs[0], run)
+        return self._agrees(run, lambda: self.replay(later, 1, lambda _name, output: output))
+
+    def _agrees(self, run: Run, shorter: Callable[[], Tensor]) -> bool:
+        """Whether every row of a replay that changes nothing has the clean run's logits."""
         try:
-            logits = self.replay(later, 1, lambda _name, output: output)
-        except (RuntimeError, TypeError, ValueError):
+            logits = shorter()
+        except (RuntimeError, TypeError, ValueError, KeyError):  # a layer that is told its shapes in another way
             return False
         tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
-        return bool((logits[0] - run.clean_logits).abs().max() <= tolerance)
+        return bool((logits - run.clean_logits).abs().max() <= tolerance)
 
     def from_change(self, pair: Pair, run: Run) -> Run:
         """The run of a whole prompt from the pair's first changed token on: nothing in front of it can change."""
@@ -291,7 +287,7 @@ class Bench:
             asked=run.asked - start,
             clean={name: outputs[start:] for name, outputs in run.clean.items()},
             corrupt={name: outputs[start:] for name, outputs in run.corrupt.items()},
-            leaving={name: _hidden(out, (slice(None), slice(start, None))) for name, out in run.leaving.items()},
+            leaving={name: _map_hidden(out, lambda x: x[:, start:]) for name, out in run.leaving.items()},
             start=start,
         )
 
@@ -316,7 +312,7 @@ class Bench:
                 attended[name] = last.k[: len(pairs)].clone(), last.v[: len(pairs)].clone(), last.mask
 
         def leave(name: str) -> Callable[..., None]:
-            return lambda _block, _args, out: left.update({name: _hidden(out, slice(len(pairs)))})
+            return lambda _block, _args, out: left.update({name: _map_hidden(out, lambda x: x[: len(pairs)])})
 
         with ExitStack() as stack:
             stack.enter_context(watch_taps(self.taps, keep))
@@ -333,7 +329,7 @@ class Bench:
             run.clean = {name: outputs[clean] for name, outputs in kept.items()}
             run.corrupt = {name: outputs[corrupt] for name, outputs in kept.items()}
             run.attended = {name: _of_row(clean, *parts) for name, parts in attended.items()}
-            run.leaving = {name: _hidden(out, slice(clean, clean + 1)) for name, out in left.items()}
+            run.leaving = {name: _map_hidden(out, itemgetter(slice(clean, clean + 1))) for name, out in left.items()}
             runs.append(run)
         return runs
 
@@ -462,9 +458,25 @@ def _of_row(row: int, k: Tensor, v: Tensor, mask: Tensor | None) -> Attended:
     return k[at], v[at], mask if mask is None or len(mask) == 1 else mask[at]
 
 
-def _hidden(out: Any, at: Any) -> Any:
-    """A block's output with its hidden states [B, T, C], alone or the first of a tuple, cut to those `at`."""
-    return (out[0][at], *out[1:]) if isinstance(out, tuple) else out[at]
+@contextmanager
+def _entering(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """For the time of the block a decoder block gets changed hidden states."""
+
+    def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _map_hidden(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A block's output with its hidden states [B, T, C], alone or the first of a tuple, changed."""
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
 
 def _calibration_ids(pairs: Sequence[Pair]) -> Tensor:

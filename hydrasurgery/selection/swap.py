@@ -40,8 +40,6 @@ def _swap(bench: Bench, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[s
 
 def stand_in(last: LastAttention, fit: LinearFit, rows: list[int], heads: list[int]) -> Tensor:
     """gamma * RMSNorm(linear attention) of some heads in some rows of the latest attention: [N, T, V]."""
-    if len(last.q) == 1:  # rows that part behind this layer's heads have one attention in common
-        rows = [0] * len(rows)
     shared = [head * last.k.shape[1] // last.q.shape[1] for head in heads]
     q, k, v = last.q[rows, heads], last.k[rows, shared], last.v[rows, shared]
     q, k, v = (x.transpose(0, 1)[None].float() for x in (l2_norm(q), l2_norm(k), v))  # [1, T, N, K]
