@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from hydrasurgery.calibration import LastAttention, watch_taps
 from hydrasurgery.errors import PlanError, ProbeError
@@ -356,16 +355,20 @@ def test_the_same_seed_gives_the_same_plan_file_byte_for_byte(tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox", "opt", "cohere", "phi", "mixtral"])
+FAMILIES = ["llama", "gpt2", "gemma2", "gemma3_text", "mistral", "gpt_neox", "opt", "cohere", "phi", "mixtral"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_in_front_of_a_change_is_run_once(family):
-    """A batch that grows at the changed layer, behind recorded keys, gives what whole batches give."""
+    """Rows that join at the changed layer, behind recorded keys, and leave as the answer's tokens give what whole ones give."""
     model = tiny(family)
     pair = answered_pairs(model, 1, vocabulary=90)[0]
     with open_bench(model, [pair]) as bench:
         assert bench.joins
         assert bench.resumes
-        grown = SCORERS["activation-patching-unfrozen"](bench)
+        joined = SCORERS["activation-patching-unfrozen"](bench)
+        assert not any("forward" in vars(block) for block in bench.blocks.values())
         bench.joins = bench.resumes = False
         whole = SCORERS["activation-patching-unfrozen"](bench)
     for name, values in whole.items():
-        torch.testing.assert_close(grown[name], values, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(joined[name], values, atol=1e-4, rtol=1e-3)

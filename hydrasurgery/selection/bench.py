@@ -6,7 +6,9 @@ A replay is a forward in which every head's output may be read and changed. Two 
   position reaches the logits of that position only, through the residual stream and the MLPs. It is run on the few
   tokens that predict the answer: exact, and thousands of times less work than whole prompts. A model to which this does
   not apply (a token mixer besides attention) is found out by comparing logits, and is replayed on whole prompts.
-- live: attention runs as it does; always on whole prompts.
+- live: attention runs as it does, on a whole prompt or, behind recorded keys and values, from one of its tokens on. Where
+  one head a row is changed, a row joins the batch at the block of its head, blocks in front of all changed heads give what
+  they gave, and behind the last layer's heads the answer's tokens go on alone. Each of these is tried on a pair first.
 """
 
 from __future__ import annotations
@@ -19,13 +21,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.calibration import Attended, LastAttention, LinearFit, behind_past, fit_linear_heads, run_model, watch_taps
+from hydrasurgery.calibration import (
+    Attended,
+    LastAttention,
+    LinearFit,
+    behind_past,
+    fit_linear_heads,
+    run_model,
+    watch_taps,
+)
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.regions import HeadTap, Region, head_taps, regions
@@ -187,17 +197,17 @@ class Bench:
     def sweep(
         self, run: Run, change: Change, *, live: bool, heads: Sequence[Head] | None = None
     ) -> Iterator[tuple[Sequence[Head], Tensor]]:
-        """Replay with one head changed at a time: some heads and their logits [1 + N, A, vocabulary].
+        """Replay with one head changed at a time: some heads, in the layers' order, and their logits [1 + N, A, vocabulary].
 
         Row 0 is unchanged and stands in the same batch, so that a head without effect scores exactly 0 in low
         precision too.
         """
         heads = self.heads(run) if heads is None else heads
         size = self.rows if len(run.positions) == len(run.asked) else min(self.rows, self.batch_size)
+        joined = live and self.joins
         for start in range(0, len(heads), size):
             batch = heads[start : start + size]
             edit = changed(run, batch, change, live=live)
-            joined = live and self.joins
             yield batch, self._replay_joined(run, batch, edit) if joined else self.replay(run, 1 + len(batch), edit)
 
     def replay(self, run: Run, count: int, edit: Edit) -> Tensor:
@@ -218,19 +228,21 @@ class Bench:
         layer's heads, where no token reads another, only the answer's tokens go on. Logits [1 + N, A, vocabulary].
         """
         names, counts = list(self.taps), Counter(name for name, _ in heads)
-        last, entered, given = names[-1], [], []
+        last = names[-1]
+        entered: list[Tensor] = []
+        given: list[Tensor] = []
 
         def join(name: str) -> Callable[[Tensor], Tensor]:
             return lambda x: torch.cat([x, x[:1].expand(counts[name], -1, -1)])
 
         def enter(x: Tensor) -> Tensor:
-            entered.append(x[:, run.asked])
+            entered.append(x[:, run.asked.to(x.device)])
             return x
 
         def stop(name: str, output: Tensor) -> Tensor:
             output = edit(name, output)
             if name == last:
-                given.append(output[:, run.asked])
+                given.append(output[:, run.asked.to(output.device)])
                 raise _Reached
             return output
 
@@ -248,13 +260,15 @@ class Bench:
     @contextmanager
     def _skipped(self, names: Sequence[str], leaving: Mapping[str, Any]) -> Iterator[None]:
         """For the time of the block the blocks of these first layers do nothing but give what the last of them gave."""
-        with ExitStack() as stack:
-            for name in names:
-                own = self.blocks[name].__dict__
-                stack.callback(own.update, {key: own[key] for key in ("forward",) if key in own})
-                stack.callback(own.pop, "forward")
-                own["forward"] = lambda *_args, **_kwargs: leaving[names[-1]]
+        own = [(vars(self.blocks[name]), vars(self.blocks[name]).get("forward")) for name in names]
+        try:
+            for attributes, _ in own:
+                attributes["forward"] = lambda *_args, **_kwargs: leaving[names[-1]]
             yield
+        finally:
+            for attributes, forward in own:
+                del attributes["forward"]
+                attributes.update({"forward": forward} if forward else {})
 
     @cached_property
     def resumes(self) -> bool:
@@ -312,7 +326,7 @@ class Bench:
                 attended[name] = last.k[: len(pairs)].clone(), last.v[: len(pairs)].clone(), last.mask
 
         def leave(name: str) -> Callable[..., None]:
-            return lambda _block, _args, out: left.update({name: _map_hidden(out, lambda x: x[: len(pairs)])})
+            return lambda _block, _args, out: left.update({name: _map_hidden(out, lambda x: x[: len(pairs)].clone())})
 
         with ExitStack() as stack:
             stack.enter_context(watch_taps(self.taps, keep))

@@ -75,7 +75,9 @@ def main() -> None:
             seconds[way].append(time.process_time() - begun)
     mine, single, batched = found.values()
     print(f"{single[0].numel()} heads, {len(pairs)} pairs of {options.length} tokens, one thread")
-    print(f"largest difference {float((mine - single).abs().max()):.2g} of scores up to {float(single.abs().max()):.2g}")
+    print(
+        f"largest difference {float((mine - single).abs().max()):.2g} of scores up to {float(single.abs().max()):.2g}"
+    )
     print(f"of the means {float((mine.mean(0) - batched).abs().max()):.2g}")
     own = statistics.median(seconds["ours"])
     for way, times in seconds.items():
