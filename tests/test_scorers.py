@@ -363,7 +363,7 @@ def test_what_is_in_front_of_a_change_is_run_once(family):
     """Rows that join at the changed layer, behind recorded keys, and leave as the answer's tokens give what whole ones give."""
     model = tiny(family)
     pair = answered_pairs(model, 1, vocabulary=90)[0]
-    with open_bench(model, [pair]) as bench:
+    with open_bench(model, [pair], batch_size=3) as bench:
         assert bench.joins
         assert bench.resumes
         joined = SCORERS["activation-patching-unfrozen"](bench)
