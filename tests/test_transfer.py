@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrasurgery import plan_heads, region_modules, restore, rewrite
+from hydrasurgery import LayerOptions, plan_heads, region_modules, restore, rewrite
 from hydrasurgery.errors import (
     CheckpointError,
     DataError,
@@ -130,6 +130,19 @@ def test_align_lowers_its_loss_and_changes_the_additions_only() -> None:
     assert all(".hydra." in name for name in additions)
     assert changed(teacher, before) == set()
     assert shared_names(hybrid, teacher) == set(dict(hybrid.named_parameters())) - additions
+
+
+def test_align_can_train_the_projections_of_heads_that_lose_their_rope() -> None:
+    teacher, _ = pair()
+    plan = plan_heads(teacher, ratio="1:1", strategy="random")
+    hybrid = rewrite(teacher, plan, layer=LayerOptions(full_rope=False))
+    before, own = state(teacher), state(hybrid)
+    queries_and_keys = full_query_key_names(hybrid)
+    stage = Stage("align", batch_size=4, length=24, steps=40, lr=2e-3, lr_end=1e-3, warmup=4, trainable="all")
+    losses = run(hybrid, teacher, stage).losses("align")
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert queries_and_keys <= changed(hybrid, own) <= region_names(hybrid)
+    assert changed(teacher, before) == set()
 
 
 def test_align_gives_the_gradients_of_the_hybrids_layers_run_by_hand() -> None:

@@ -39,7 +39,8 @@ class Stage:
         ce_weight: weight of the cross entropy beside the KL in `distil`.
         body_lr: factor on the rate for parameters outside the attention regions; 0 freezes them.
         trainable: `all`, or `additions`: what the surgery put under the regions' `hydra`, while the rest stays shared with
-            the teacher. `align` always trains the additions.
+            the teacher. If None, `align` trains the additions and other stages all. `all` in `align` is all of the attention
+            regions, projections too, which full heads that lose their RoPE need.
         freeze_full_qk: leave the query and key projections of full heads as they are (QK-Restore).
         micro_batch: sequences a forward pass, the gradient being accumulated over the batch; None takes all at once.
 
@@ -60,7 +61,7 @@ class Stage:
     clip: float | None = 1.0
     ce_weight: float = 0.0
     body_lr: float = 1.0
-    trainable: Literal["additions", "all"] = "all"
+    trainable: Literal["additions", "all"] | None = None
     freeze_full_qk: bool = False
     micro_batch: int | None = None
 
@@ -68,8 +69,8 @@ class Stage:
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.name not in ("align", "distil", "lengthen"):
             raise RecipeError(f"stage {self.name!r}: the name must be 'align', 'distil' or 'lengthen'")
-        if self.name == "align":
-            object.__setattr__(self, "trainable", "additions")
+        if self.trainable is None:
+            object.__setattr__(self, "trainable", "additions" if self.name == "align" else "all")
         if self.trainable not in ("additions", "all"):
             raise RecipeError(f"stage {self.name!r}: trainable must be 'additions' or 'all', not {self.trainable!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -29,7 +29,7 @@ def region_names(hybrid: nn.Module) -> set[str]:
 
 
 def addition_names(hybrid: nn.Module) -> set[str]:
-    """Names of what the surgery put under the regions' `hydra`: what `align` trains."""
+    """Names of what the surgery put under the regions' `hydra`: what `align` trains unless told otherwise."""
     added = {id(parameter) for region in region_modules(hybrid).values() for parameter in region.hydra.parameters()}
     return {name for name, parameter in hybrid.named_parameters() if id(parameter) in added}
 
@@ -86,7 +86,7 @@ def trainable_names(hybrid: nn.Module, stage: Stage) -> tuple[set[str], set[str]
         names = addition_names(hybrid)
     if stage.freeze_full_qk:
         names -= full_query_key_names(hybrid)
-    if not stage.body_lr:
+    if stage.name == "align" or not stage.body_lr:
         names &= inside
     if not names:
         raise PlanError(f"stage {stage.name!r} has nothing to train: the plan turns no head linear")
