@@ -113,8 +113,9 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Out
 def _triton_training(inputs: Inputs) -> Outputs:
     from hydrasurgery.kernels.linear_attention import triton
 
-    *tensors, grad = (x.detach() for x in inputs.values())
-    return triton.forward(*tensors, None)[0], *triton.backward(grad, None, *tensors, None)[:5]
+    q, k, v, decay, beta, grad = (x.detach() for x in inputs.values())
+    grads = triton.backward(grad, None, q, k, v, decay, beta, None)
+    return triton.forward(q, k, v, decay, beta, None)[0], *grads[:5]  # type: ignore[return-value]
 
 
 def _exact_linear(inputs: Inputs) -> Outputs:

@@ -126,10 +126,9 @@ def forward(
     parts = max(1, min(blocks, triton.cdiv(_wave(q.device), batch * groups)))
     share = KEYS * triton.cdiv(blocks, parts)
     parts = triton.cdiv(keys, share)
-    numbers = {"dtype": torch.float32, "device": q.device}
-    outs = torch.empty(batch, heads, parts, values, **numbers)
-    tops, sums = torch.empty(2, batch, heads, parts, **numbers).unbind()
-    out = torch.empty(batch, 1, heads, values, dtype=q.dtype, device=q.device)
+    outs = q.new_empty(batch, heads, parts, values, dtype=torch.float32)
+    tops, sums = q.new_empty(2, batch, heads, parts, dtype=torch.float32).unbind()
+    out = q.new_empty(batch, 1, heads, values)
     block_v = max(16, triton.next_power_of_2(values))
     _part_kernel[(parts, groups, batch)](
         q, k, v, seen, outs, tops, sums, keys, share,
