@@ -224,7 +224,7 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment) -> _Call:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         if reason := refusal(q, k, v, decay, beta, rule=rule):
             raise ValueError(f"linear attention in Triton cannot take {reason}")
         keys, values = (next(size for size in SIZES if size >= x.shape[-1]) for x in (q, v))
