@@ -11,7 +11,8 @@ as it does for PyTorch's own attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -290,6 +291,8 @@ def decode_step(
     for name, x in (("valid", valid), ("reset", reset)):
         if x is not None:
             _expect(name, x, (batch,))
+            if x.dtype != torch.bool:
+                raise ValueError(f"{name} must be bool, found {x.dtype}")
     if (A_log is None) != (dt_bias is None):
         raise ValueError("A_log and dt_bias belong together: give both or neither")
     if (valid is None) != (reset is None):
@@ -461,8 +464,11 @@ def _fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def _full_precision(x: Tensor) -> Iterator[None]:
+    """For kernels: on x's device, and dtypes are those of the arguments."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ STATES = "hydrasurgery_states.json"  # a file in the archive that lists the stat
 
 @dataclass(frozen=True)
 class Pt2Export:
-    """What `export_pt2` wrote: the file, its size, the states in the order of the program's last input, and if it is compiled."""
+    """What `export_pt2` wrote: the file, its size, the states in the order of the program's last input, whether it is compiled."""
 
     path: Path
     bytes: int

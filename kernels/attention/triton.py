@@ -15,7 +15,7 @@ from torch import Tensor
 KEYS = 64  # a block's
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "share", "first"])
 def _part_kernel(
     q, k, v, mask, outs, tops, sums, keys, share, first, scale, cap,
     q_b, q_h, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_t,
@@ -40,7 +40,7 @@ def _part_kernel(
         seen = live[:, None] & inside[None, :]
         added = tl.zeros((ROWS, KEYS), tl.float32)
         if MASK != "none":
-            given = mask + batch.to(tl.int64) * m_b + head[:, None] * m_h + key[None, :] * m_t
+            given = mask + batch.to(tl.int64) * m_b + head[:, None].to(tl.int64) * m_h + key[None, :] * m_t
             if MASK == "bool":
                 seen = seen & (tl.load(given, mask=seen, other=0) != 0)
             else:
@@ -70,7 +70,7 @@ def _part_kernel(
     tl.store(outs + row[:, None] * VALUES + places[None, :], y, mask=live[:, None] & (places < VALUES)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _join_kernel(
     outs, tops, sums, sinks, out, parts,
     VALUES: tl.constexpr, SINKS: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -119,6 +119,8 @@ def forward(
     batch, heads, _, dim = q.shape
     groups, keys, values = k.shape[1], k.shape[2], v.shape[3]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if not (q.numel() and keys):
+        return q.new_zeros(batch, 1, heads, values)
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "added"
     seen = q if mask is None else mask.expand(batch, heads, 1, keys)
     seen = seen.view(torch.uint8) if kind == "bool" else seen
@@ -140,7 +142,7 @@ def forward(
         BLOCK_V=block_v, KEYS=KEYS, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     _join_kernel[(heads, batch)](
-        outs, tops, sums, q if sinks is None else sinks, out, parts,
+        outs, tops, sums, q if sinks is None else sinks.contiguous(), out, parts,
         VALUES=values, SINKS=sinks is not None, PARTS=32, BLOCK_V=block_v, num_warps=4,
     )  # fmt: skip
     return out

@@ -80,11 +80,12 @@ def _kernel(
     state += one * K * V
     at = row[:, None] * V + column[None, :]
     inside = (row < K)[:, None] & (column < V)[None, :]
-    # The state is under way while the vectors are made ready.
-    following = tl.load(state + at, mask=inside, other=0)
-    token, follows = batch >= 0, batch >= 0
+    # A new document finds all states 0.
+    token, follows = batch >= 0, batch >= 0  # true
     if FLAGS:
         token, follows = tl.load(valid + batch) != 0, tl.load(reset + batch) == 0
+    # The state is under way while the vectors are made ready.
+    following = tl.load(state + at, mask=inside & follows, other=0)
     queries, q_seen = _load_head(
         q, q_batch, q_head, q_weight, q_past, batch, head, token, follows, HEADS, K, WIDTH, BLOCK_K, TAPS
     )
@@ -102,8 +103,8 @@ def _kernel(
         softplus = tl.maximum(step, 0.0) + _log1p(tl.exp(-tl.abs(step)))
         forget = -tl.exp(tl.load(a_log + head).to(tl.float32)) * softplus
         strength = 1.0 / (1.0 + tl.exp(-strength))
-    # Padding leaves the state, and a new document forgets it.
-    forget = tl.where(follows, tl.where(token, tl.exp(forget), 1.0), 0.0)
+    # Padding leaves the state.
+    forget = tl.where(token, tl.exp(forget), 1.0)
     strength = tl.where(token, strength, 0.0)
     overlap = tl.sum(queries * keys)
     # Some threads may hold copies of what another one stores: all loads come first.
@@ -119,7 +120,7 @@ def _kernel(
         old = following
         if tile + 1 < TILES:
             further = (row < K)[:, None] & ((tile + 1) * BLOCK_V + column < V)[None, :]
-            following = tl.load(state + at + (tile + 1) * BLOCK_V, mask=further, other=0)
+            following = tl.load(state + at + (tile + 1) * BLOCK_V, mask=further & follows, other=0)
         value = tl.sum(tl.where(tile_of == tile, values, 0.0), axis=0)
         write = strength * (value - forget * tl.sum(old * keys[:, None], axis=0))
         answer = forget * tl.sum(old * queries[:, None], axis=0) + overlap * write

@@ -61,9 +61,9 @@ def backward(
         beta=writes,
         A=kkt_solve(k=heads[1], b=writes, **chunks),
         do=grad.to(q.dtype).contiguous(),
-        dht=grad_state,
+        dht=None if grad_state is None else grad_state.contiguous(),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        initial_state=state,
+        initial_state=None if state is None else state.contiguous(),
         cu_seqlens=cu_seqlens,
     )
     found = zip((dq, dk, dv, ddecay, dbeta), (q, k, v, decay, beta), strict=True)

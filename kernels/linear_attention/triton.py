@@ -8,7 +8,7 @@ so that per-chunk states never leave the chip in the forward pass. `_prepare` fi
 walks the chunks with S in registers. A hybrid has few heads, too few to fill a card, so a sequence is walked in segments:
 
 1. Every segment is a map S -> M S + R. All are found at once by the same walk: R from a zero state, M from the identity with v = 0.
-2. `_join` puts the few maps in order and finds the state between segments in fp32.
+2. `_join` puts the few maps in order and finds the state between segments, summed in fp32.
 3. Every segment is walked again from its true first state.
 
 Step 1 walks only as far as memory reaches. |M| is at most prod_t e^{g_t} max(1, |1 - beta_t |k_t|^2|), a bound that `_prepare`
@@ -162,7 +162,8 @@ class _Run:
         self.q, self.k = _tokens(call.q, call.keys), _tokens(call.k, call.keys)
         self.v = _tokens(call.v, call.block)
         types = (call.q.device, call.q.dtype, call.decay.dtype, call.beta.dtype)
-        self.kind = (back, *types, call.keys, call.values, call.l2_norm, call.split, call.chunk_table is None)
+        wide = max(*call.decay.stride(), *call.beta.stride()) >= 1 << 31  # such a number has another type
+        self.kind = (back, *types, call.keys, call.values, call.l2_norm, call.split, call.chunk_table is None, wide)
         self.compiled = iter(_compiled[self.kind]) if self.kind in _compiled else None
         self.plan: list[_Launch] = []
         self.device = torch.cuda.device_of(call.q)
@@ -180,15 +181,20 @@ class _Run:
         return self
 
     def __exit__(self, error: object, *rest: object) -> None:
-        if error is None and self.plan:
-            if self.call.q.is_cuda:
-                _compiled[self.kind] = _compile(self.plan)
-                for (ready, values), (_, grid, args, _) in zip(_compiled[self.kind], self.plan, strict=True):
-                    ready[grid](*args, *values)
-            else:  # Triton's interpreter
-                for kernel, grid, args, options in self.plan:
-                    kernel[grid](*args, **options)
-        self.device.__exit__(error, *rest)
+        try:
+            if error is None and self.plan:
+                self._launch_new()
+        finally:
+            self.device.__exit__(error, *rest)
+
+    def _launch_new(self) -> None:
+        if not self.call.q.is_cuda:  # Triton's interpreter
+            for kernel, grid, args, options in self.plan:
+                kernel[grid](*args, **options)
+            return
+        _compiled[self.kind] = _compile(self.plan)
+        for (ready, values), (_, grid, args, _) in zip(_compiled[self.kind], self.plan, strict=True):
+            ready[grid](*args, *values)
 
 
 def _compile(plan: list[_Launch]) -> list[tuple]:
@@ -331,7 +337,8 @@ def _cut(x: Tensor, *sizes: int) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """As bulk copies want it: rows of neighbours, everything at a multiple of 16 bytes."""
     places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
-    return x if x.stride(-1) == 1 and not any(place % 16 for place in places) else x.contiguous()
+    fits = x.stride(-1) == 1 and all(x.stride()) and not any(place % 16 for place in places)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _tokens(x: Tensor, width: int) -> TensorDescriptor:
@@ -348,6 +355,13 @@ def _tiles(x: Tensor, width: int) -> TensorDescriptor:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _holds_maps(device: torch.device) -> bool:
+    """Whether a processor's shared memory holds three maps of 128 x 128 and a state: 224 KB, as on Hopper."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 224 << 10
 
 
 def _processors(device: torch.device) -> int:
@@ -501,10 +515,19 @@ def _walk_back(
 def _join_segments(run: _Run, states: Tensor, maps: _Maps, *, back: bool) -> None:
     call = run.call
     block = min(call.values, 32)
-    rows = call.keys if call.keys <= 128 and call.q.dtype != torch.float32 else 64
+    whole = call.keys <= 128 and call.q.dtype != torch.float32 and _holds_maps(call.q.device)
+    rows = call.keys if whole else 64
     move = maps.turned if back else maps.move
     args = (states, move, maps.moves, call.first_segments, call.length, call.heads, call.size, int(back))
-    run("join", _join, (call.values // block, call.heads, call.docs), args, BV=block, BR=rows)
+    run(
+        "join",
+        _join,
+        (call.values // block, call.heads, call.docs),
+        args,
+        BV=block,
+        BR=rows,
+        num_stages=3 if whole else 1,
+    )
 
 
 def _chunk_gradients(
@@ -547,7 +570,7 @@ def _piece(table, index, length, size, VARLEN: tl.constexpr):
 
 @triton.jit
 def _row(base, doc, head, token, stride_b, stride_t, stride_h, VARLEN: tl.constexpr):
-    """Where a token's number stands. 64-bit: a long sequence has more than 2^31 elements."""
+    """Where a token's number stands."""
     where = base + token.to(tl.int64) * stride_t + head * stride_h
     if not VARLEN:
         where += doc.to(tl.int64) * stride_b
@@ -556,7 +579,7 @@ def _row(base, doc, head, token, stride_b, stride_t, stride_h, VARLEN: tl.conste
 
 @triton.jit
 def _tile(tokens, doc, head, at, column, VARLEN: tl.constexpr):
-    """[C, D] of a `_tokens`: rows from token `at` on. Rows past a document's end hold anything finite, those past the sequence's
+    """[C, D] of a `_tokens`: rows from token `at` on. Rows past a document's end are the next document's, those past the sequence's
     end 0: whoever reads them has factors that are 0 there."""
     tile = tokens.load([0 if VARLEN else doc, head, at, column])
     return tl.reshape(tile, (tile.shape[2], tile.shape[3]))
@@ -908,8 +931,9 @@ def _join(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A document's segments in order, in place: states[n] += M_n states[n - 1]. Backwards, with
-    M^T for M: states[n] += M_n^T states[n + 1].
+    """A document's segments in order, in place: states[n] += M_n states[n - 1].
+
+    Backwards, with M^T for M: states[n] += M_n^T states[n + 1].
 
     Where M is too large for a processor its rows go in blocks of BR, and S passes through memory.
     """
