@@ -358,10 +358,8 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _holds_maps(device: torch.device) -> bool:
-    """Whether a processor's shared memory holds three maps of 128 x 128 and a state: 224 KB, as on Hopper."""
-    if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 224 << 10
+    """Whether a processor's shared memory holds three maps of 128 x 128 and a state, 224 KB: Hopper's and the larger Blackwell's."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _processors(device: torch.device) -> int:
