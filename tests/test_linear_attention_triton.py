@@ -187,6 +187,15 @@ def test_any_strides():
     compare(run(views, grad, grad_state), truth(dense[:6], *dense[6:]))
 
 
+def test_odd_offsets_and_heads_that_share_memory():
+    args = inputs(1, 70, 2, 64, 64)
+    odd = torch.empty(args[0].numel() + 1, device=DEVICE)[1:].view(args[0].shape).copy_(args[0])
+    views = [odd, args[1][:, :, :1].expand(-1, -1, 2, -1), *args[2:]]
+    dense = [x.clone(memory_format=torch.contiguous_format) for x in views]
+    grads = weights(args)
+    compare(run(views, *grads), truth(dense, *grads))
+
+
 def test_a_padded_token_changes_nothing():
     args = inputs(1, 100, 1, 32, 32)
     state = kernel.forward(*args)[1]

@@ -165,6 +165,13 @@ def test_decode_step_is_the_layer_it_replaces():
     torch.testing.assert_close((found, states["state"], *states["conv_states"]), (wanted, final, *after))
 
 
+def test_flags_of_a_step_are_bool():
+    x, n = torch.randn(2, 3, 8), torch.randn(2, 3)
+    flags = torch.ones(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"valid must be bool, found torch\.int64"):
+        ops.decode_step(x, x, x, n, n, None, torch.ones(3), state=torch.zeros(2, 3, 8, 8), valid=flags, reset=flags)
+
+
 def test_either_output_alone_has_gradients():
     given = recurrence("gated_delta")
     o, state = ops.linear_attention(*given)

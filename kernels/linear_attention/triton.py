@@ -358,7 +358,7 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _holds_maps(device: torch.device) -> bool:
-    """Whether a processor's shared memory holds three maps of 128 x 128 and a state, 224 KB: Hopper's and the larger Blackwell's."""
+    """Whether a processor's shared memory holds three maps of 128 x 128 and a state, 224 KB: Hopper's and larger Blackwells'."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
