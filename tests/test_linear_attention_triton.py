@@ -187,6 +187,13 @@ def test_any_strides():
     compare(run(views, grad, grad_state), truth(dense[:6], *dense[6:]))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-4])
+def test_a_small_scale(scale):
+    args = inputs(1, 70, 1, 64, 64)
+    grads = weights(args)
+    compare(run(args, *grads, scale=scale), truth(args, *grads, scale=scale))
+
+
 def test_odd_offsets_and_heads_that_share_memory():
     args = inputs(1, 70, 2, 64, 64)
     odd = torch.empty(args[0].numel() + 1, device=DEVICE)[1:].view(args[0].shape).copy_(args[0])

@@ -165,6 +165,9 @@ def exportable(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
 class _OuterProducts(TorchFunctionMode):
     """A @ b with one number a row and column as the product that it is, to the bit.
 
@@ -172,7 +175,7 @@ class _OuterProducts(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[0].dim() == args[1].dim() > 2:
+        if func in MATMUL and len(args) == 2 and args[0].dim() == args[1].dim() > 2:
             inner = args[0].shape[-1]
             if isinstance(inner, int) and inner == 1:
                 return args[0] * args[1]

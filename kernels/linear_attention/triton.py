@@ -158,7 +158,7 @@ class _Run:
     """
 
     def __init__(self, call: _Call, *, back: bool) -> None:
-        self.call = call
+        self.call, self.back = call, back
         self.q, self.k = _tokens(call.q, call.keys), _tokens(call.k, call.keys)
         self.v = _tokens(call.v, call.block)
         types = (call.q.device, call.q.dtype, call.decay.dtype, call.beta.dtype)
@@ -312,10 +312,10 @@ class _Parts(NamedTuple):
 
 
 class _Maps(NamedTuple):
-    """M of each segment, M^T, and whether they are anything but 0."""
+    """M of each segment, M^T for the way back, and whether they are anything but 0."""
 
     move: Tensor
-    turned: Tensor
+    turned: Tensor | None
     moves: Tensor
 
 
@@ -389,8 +389,8 @@ def _launch(name: str, keys: int, dtype: torch.dtype) -> dict[str, int]:
         return {"num_warps": 4, "num_stages": 1}
     if name == "prepare":  # One long chain and no loop: with 168 registers three programs share a processor.
         return {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
-    # With two stages Triton orders the next chunk's tiles after this one's products, with three in time; but three of these
-    # walks' tiles leave room for one program a processor.
+    # With two stages Triton orders the next tiles after these ones' products, with three in time; but three of the tiles of the
+    # walks to outputs and back leave room for one program a processor.
     return {"num_warps": 4, "num_stages": 2 if name in ("outputs", "back") else 3}
 
 
@@ -450,7 +450,8 @@ def _segment_ends(run: _Run, parts: _Parts, state: Tensor | None) -> tuple[Tenso
     if not call.split:
         return None, None
     ends = call.states(call.segments)
-    move, turned = ends.new_empty(2, call.segments, call.heads, call.keys, call.keys).unbind()
+    move = ends.new_empty(call.segments, call.heads, call.keys, call.keys)
+    turned = torch.empty_like(move) if run.back else None
     maps = _Maps(move, turned, ends.new_empty(call.segments, call.heads, dtype=torch.int32))
     _walk(run, parts, state, ends, None, maps=maps)
     _join_segments(run, ends, maps, back=False)
@@ -474,12 +475,14 @@ def _walk(
     columns = call.values // call.block + (_cdiv(call.keys, call.block) if maps else 0)
     # Where a kernel reads and writes nothing stands something of the same type: one compiled kernel for all.
     number, flag, tile = parts.total, parts.reach.view(torch.int32), parts.solve.base
-    numbers = [number if x is None else x for x in (state, ends, final)]
+    move, turned, moves = maps or (None, None, None)
     args = (
-        *(run.q, run.k, run.v, *parts, *numbers, *(maps or (number, number, flag))),
+        *(run.q, run.k, run.v, *parts),
+        *(number if x is None else x for x in (state, ends, final, move, turned)),
+        flag if moves is None else moves,
         *(tile if x is None else x for x in (o, states, updates)),
         *(call.segment_table, call.length, call.heads, call.size),
-        *(int(x is not None) for x in (state, final, maps)),
+        *(int(x is not None) for x in (state, final, maps, turned)),
     )
     name = "scan" if o is None else "outputs"
     run(name, _scan, (columns, call.heads, call.segments), args, BV=call.block, OUTPUTS=o is not None)
@@ -538,7 +541,8 @@ def _chunk_gradients(
     args = (
         *(_tokens(grad, block), run.q, run.k, _tokens(call.v, block), *parts[1:5]),
         *(_tiles(x, block) for x in (states, dstates, updates, errors)),
-        *(*grads, call.chunk_table, call.length, call.heads, call.scale),
+        # k's sum is in units of the scale; a small one would overflow float16.
+        *(*grads, call.chunk_table, call.length, call.heads, call.scale, call.scale if abs(call.scale) > 0.01 else 1.0),
     )
     run("gradients", _gradients, (call.heads * call.chunks, 1, 1), args, L2=call.l2_norm, BV=block)
     return grads
@@ -692,7 +696,7 @@ def _remembered(reach, chunk, chunks, heads, head, BACK: tl.constexpr):
 # --- the walks ---------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["length", "heads", "size", "has_state", "has_final", "find"])
+@triton.jit(do_not_specialize=["length", "heads", "size", "has_state", "has_final", "find", "turns"])
 def _scan(
     q,
     k,
@@ -719,6 +723,7 @@ def _scan(
     has_state,
     has_final,
     find,
+    turns,
     BV: tl.constexpr,
     OUTPUTS: tl.constexpr,
     K: tl.constexpr,
@@ -808,7 +813,8 @@ def _scan(
     elif of_map:
         of_keys = (columns < K)[None, :]
         tl.store(move + item * K * K + channels[:, None] * K + columns[None, :], s, mask=of_keys)
-        tl.store(turned + item * K * K + columns[None, :] * K + channels[:, None], s, mask=of_keys)
+        if turns != 0:
+            tl.store(turned + item * K * K + columns[None, :] * K + channels[:, None], s, mask=of_keys)
         if column == V // BV:
             tl.store(moves + item, whole.to(tl.int32))
     else:
@@ -1006,6 +1012,7 @@ def _gradients(
     length,
     heads,
     scale,
+    unit,
     L2: tl.constexpr,
     BV: tl.constexpr,
     K: tl.constexpr,
@@ -1085,7 +1092,7 @@ def _gradients(
     rise = tl.exp2(tl.load(total + item * _C + rows))
     kt = _tile(k, doc, head, start, 0, VARLEN)
     db -= (tl.sum(h * gram, 1) + tl.sum(y * kt.to(tl.float32), 1) * rise) * factor
-    taken = -write / scale
+    taken = -write / unit
     h *= taken[:, None]
     y = tl.dot(h.to(dtype), kt, y * (taken * rise)[:, None], input_precision=PRECISION)
     up = tl.sum(y * kt.to(tl.float32), 1)
@@ -1101,22 +1108,22 @@ def _gradients(
         f = tl.dot(u, tl.trans(_tile(grad, doc, head, start, at, VARLEN)), f, input_precision=PRECISION)
         h = tl.dot(u, tl.trans(errors.load([local, at])), h, input_precision=PRECISION)
         ds = dstates.load([cell, at])
-        carried = (u.to(tl.float32) * (fall / scale)[:, None]).to(dtype)
+        carried = (u.to(tl.float32) * (fall / unit)[:, None]).to(dtype)
         y = tl.dot(carried, tl.trans(ds), y, input_precision=PRECISION)
     factor = tl.load(rows_k + item * _C + rows)
     kt = _tile(k, doc, head, start, 0, VARLEN)
-    whole = tl.sum((tl.sum(y * kt.to(tl.float32), 1) - up) * factor, 0) * scale
+    whole = tl.sum((tl.sum(y * kt.to(tl.float32), 1) - up) * factor, 0) * unit
     between = _between(total, item, True)
-    f = tl.where(j >= i, f * between, 0.0) * (tl.load(rows_q + item * _C + rows) / scale)[None, :]
+    f = tl.where(j >= i, f * between, 0.0) * (tl.load(rows_q + item * _C + rows) / unit)[None, :]
     h = tl.where(j > i, h * between, 0.0) * (taken * factor)[None, :]
     y = tl.dot(f.to(dtype), _tile(q, doc, head, start, 0, VARLEN), y, input_precision=PRECISION)
     y = tl.dot(h.to(dtype), kt, y, input_precision=PRECISION)
     both = tl.sum(y * kt.to(tl.float32), 1)
-    factor *= scale
+    factor *= unit
     dg += (2.0 * up - both) * factor
     y *= factor[:, None]
     if L2:
-        y -= (factor * factor * factor / (scale * scale) * both)[:, None] * kt.to(tl.float32)
+        y -= (factor * factor * factor / (unit * unit) * both)[:, None] * kt.to(tl.float32)
     tl.store(dk + row_k, y.to(dk.dtype.element_ty), mask=valid[:, None])
 
     # e^{G_C} also multiplies S.

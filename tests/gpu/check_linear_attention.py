@@ -144,6 +144,25 @@ def check(case) -> bool:
     return good
 
 
+def beside_flash_qla() -> None:
+    """Our errors and those of the FlashQLA adapter, gradients too, on the same inputs."""
+    from hydrasurgery.kernels.linear_attention import flash_qla
+
+    for decay in (0.05, 0.7, 0.002):
+        torch.manual_seed(2000)
+        given = inputs(torch.bfloat16, (1, 2000, 14, 128, 128), decay)
+        grad, state = torch.randn_like(given["v"]), torch.zeros_like(given["state"])
+        o, final, *grads, _ = wanted(given | {"state": state}, grad, state, None, False)
+        call = given | {"state": None, "rule": "gated_delta", "scale": None}
+        for name, module in (("ours", kernel), ("FlashQLA", flash_qla)):
+            found = [*module.forward(**call), *module.backward(grad, None, **call)]
+            pairs = zip(NAMES, found, [o, final, *grads], strict=False)
+            text = " ".join(
+                f"{part} {float((x.double() - y).norm() / y.norm()):.1e}" for part, x, y in pairs if x is not None
+            )
+            print(f"errors, decay {decay}, {name}: {text}", flush=True)
+
+
 def median_ms(call: Callable[[], object], repeats: int = 15) -> float:
     call()
     times = []
@@ -279,7 +298,10 @@ def main() -> None:
         except Exception as error:
             bad += 1
             print("BAD ", case, type(error).__name__, str(error)[-300:], flush=True)
-    time_all(options.lengths, options.decays, peers() if options.peers else {})
+    others = peers() if options.peers else {}
+    if "FlashQLA" in others:
+        beside_flash_qla()
+    time_all(options.lengths, options.decays, others)
     if bad:
         raise SystemExit(f"{bad} cases are wrong")
 
