@@ -12,7 +12,7 @@ as it does for PyTorch's own attention.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -467,7 +467,8 @@ def _fake(x: Tensor) -> Tensor:
 @contextmanager
 def _full_precision(x: Tensor) -> Iterator[None]:
     """For kernels: on x's device, and dtypes are those of the arguments."""
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    lowered = torch.is_autocast_enabled(x.device.type)  # Leaving what was not entered takes longer than looking.
+    with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext(), torch.cuda.device_of(x):
         yield
 
 

@@ -71,7 +71,7 @@ def compare(found, wanted, dtype: torch.dtype) -> None:
 
 @given(
     batch=st.integers(1, 2),
-    length=st.integers(1, 5),
+    length=st.integers(1, 40),
     slots=st.lists(st.booleans(), min_size=1, max_size=7),
     dim=st.integers(4, 70),
     gate=st.sampled_from([None, 1, "D"]),

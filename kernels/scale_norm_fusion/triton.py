@@ -1,8 +1,8 @@
 """Scale-normalised fusion in Triton: one launch and one pass over memory each way.
 
-A program takes ROWS rows of the output [B*T*H, D], consecutive in memory. Which head a row belongs to follows from the bits of
-two 64-bit words, one a slot (1 = linear): the number of set bits below a slot is its place among the linear heads. So no table
-of indices travels to the device, and a plan needs no kernel of its own.
+A program takes one slot of the output [B*T, H, D] for ROWS tokens. Which head stands there follows from the bits of two 64-bit
+words, one a slot (1 = linear): the number of set bits below a slot is its place among the linear heads. So no table of indices
+travels to the device, and a plan needs no kernel of its own.
 """
 
 from __future__ import annotations
@@ -20,119 +20,109 @@ WORDS = ("low", "high")  # a word that is 1 must not become a constant of the ke
 
 @triton.jit
 def _ones(bits):
-    """The number of set bits of each uint64."""
+    """The number of set bits of a uint64."""
     bits = bits - ((bits >> 1) & 0x5555555555555555)
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
     bits = bits + (bits >> 8)
     bits = bits + (bits >> 16)
-    return (bits + (bits >> 32)) & 0x7F
+    return ((bits + (bits >> 32)) & 0x7F).to(tl.int32)
 
 
 @triton.jit
-def _below(slot):
-    """A uint64 with the bits below `slot` set, all of them from 64 on."""
-    one = tl.full((1,), 1, tl.uint64)
-    slot = tl.minimum(tl.maximum(slot, 0), 64)
-    half = slot // 2  # a shift by 64 at once is undefined
-    return ((one << half.to(tl.uint64)) << (slot - half).to(tl.uint64)) - one
-
-
-@triton.jit
-def _place(row, low, high, HEADS: tl.constexpr):
-    """(token, slot, whether it is linear, its place among the heads of its kind) of rows of the output."""
-    token, slot = row // HEADS, (row % HEADS).to(tl.int32)
+def _block(low, high, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """(tokens [ROWS], slot, whether its head is linear, that head's place among the heads of its kind) of this program."""
+    slot = tl.program_id(0) % HEADS
+    token = (tl.program_id(0) // HEADS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     low, high = low.to(tl.uint64), high.to(tl.uint64)
-    word = tl.where(slot < 64, low, high)
-    linear = ((word >> (slot % 64).to(tl.uint64)) & 1) == 1
-    rank = _ones(low & _below(slot)).to(tl.int32)
+    word, bit = tl.where(slot < 64, low, high), slot % 64
+    rank = _ones((word << 1) << (63 - bit).to(tl.uint64))  # the bits below; a shift by 64 at once is undefined
     if HEADS > 64:
-        rank += tl.where(slot < 64, 0, _ones(high & _below(slot - 64)).to(tl.int32))
+        rank += tl.where(slot < 64, 0, _ones(low))
+    linear = ((word >> bit.to(tl.uint64)) & 1) == 1
     return token, slot, linear, tl.where(linear, rank, slot - rank)
 
 
 @triton.jit
-def _load_row_block(
-    full, linear, gamma, gate, rows, low, high,
-    HEADS: tl.constexpr, LINEAR: tl.constexpr, DIM: tl.constexpr, NORM_FULL: tl.constexpr, GATE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What both ways need of a block: where it lies, the values, and the factors of its rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    live = row < rows
-    token, slot, is_linear, place = _place(row, low, high, HEADS)
-    is_full = live & ~is_linear
-    is_linear = live & is_linear
-    inside = column[None, :] < DIM
-    at_linear = token * LINEAR + place
-    at_full = token * (HEADS - LINEAR) + place
-    x = tl.zeros((ROWS, BLOCK), tl.float32)
-    if LINEAR > 0:
-        where = at_linear[:, None] * DIM + column[None, :]
-        x += tl.load(linear + where, mask=is_linear[:, None] & inside, other=0).to(tl.float32)
-    if LINEAR < HEADS:
-        where = at_full[:, None] * DIM + column[None, :]
-        x += tl.load(full + where, mask=is_full[:, None] & inside, other=0).to(tl.float32)
-    if NORM_FULL:
-        scaled = live
-        scale = tl.load(gamma + slot, mask=live, other=0).to(tl.float32)
-    else:
-        scaled = is_linear
-        scale = tl.load(gamma + place, mask=is_linear, other=0).to(tl.float32)
-    gates = tl.full((ROWS, 1), 1.0, tl.float32)
-    if GATE == 1:
-        gates = tl.load(gate + at_linear, mask=is_linear, other=1).to(tl.float32)[:, None]
+def _load_gates(gate, row, column, live, DIM: tl.constexpr, GATE: tl.constexpr):
+    """The gates of rows: none, one a row, or one an element."""
     if GATE == 2:
-        where = at_linear[:, None] * DIM + column[None, :]
-        gates = tl.load(gate + where, mask=is_linear[:, None] & inside, other=1).to(tl.float32)
-    return row, column, live, is_linear, is_full, at_linear, at_full, x, scaled, scale[:, None], gates
+        gates = tl.load(gate + row[:, None] * DIM + column, mask=live[:, None] & (column < DIM), other=0)
+    elif GATE == 1:
+        gates = tl.load(gate + row, mask=live, other=0)[:, None]
+    else:
+        gates = tl.full((1, 1), 1.0, tl.float32)
+    return gates.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=WORDS)
 def _forward_kernel(
-    full, linear, gamma, gate, out, rows, low, high, eps,
+    full, linear, gamma, gate, out, tokens, low, high, eps,
     HEADS: tl.constexpr, LINEAR: tl.constexpr, DIM: tl.constexpr, NORM_FULL: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column, live, _, _, _, _, x, scaled, scale, gates = _load_row_block(
-        full, linear, gamma, gate, rows, low, high, HEADS, LINEAR, DIM, NORM_FULL, GATE, ROWS, BLOCK
-    )
-    r = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
-    y = tl.where(scaled[:, None], x * r[:, None] * scale * gates, x)
-    inside = live[:, None] & (column[None, :] < DIM)
-    tl.store(out + row[:, None] * DIM + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+    token, slot, is_linear, place = _block(low, high, HEADS, ROWS)
+    live, column = token < tokens, tl.arange(0, BLOCK)[None, :]
+    inside = live[:, None] & (column < DIM)
+    to = out + (token * HEADS + slot)[:, None] * DIM + column
+    if is_linear:
+        row = token * LINEAR + place
+        x = tl.load(linear + row[:, None] * DIM + column, mask=inside, other=0).to(tl.float32)
+        scale = tl.load(gamma + (slot if NORM_FULL else place)).to(tl.float32)
+        r = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None] * scale
+        y = x * r * _load_gates(gate, row, column, live, DIM, GATE)
+        tl.store(to, y.to(out.dtype.element_ty), mask=inside)
+    else:
+        row = token * (HEADS - LINEAR) + place
+        x = tl.load(full + row[:, None] * DIM + column, mask=inside, other=0).to(tl.float32)
+        if NORM_FULL:
+            scale = tl.load(gamma + slot).to(tl.float32)
+            x *= tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None] * scale
+        tl.store(to, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward(dy, x, scale, gates, eps, DIM: tl.constexpr):
+    """(dx, dy n) of y = scale n gates, n = x r."""
+    dy = dy.to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
+    n = x * r
+    dn = dy * scale * gates
+    return r * (dn - n * (tl.sum(dn * n, axis=1) / DIM)[:, None]), dy * n
 
 
 @triton.jit(do_not_specialize=WORDS)
 def _backward_kernel(
-    grad, full, linear, gamma, gate, dfull, dlinear, dgamma, dgate, rows, low, high, eps,
+    grad, full, linear, gamma, gate, dfull, dlinear, dgamma, dgate, tokens, low, high, eps,
     HEADS: tl.constexpr, LINEAR: tl.constexpr, DIM: tl.constexpr, NORM_FULL: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column, live, is_linear, is_full, at_linear, at_full, x, scaled, scale, gates = _load_row_block(
-        full, linear, gamma, gate, rows, low, high, HEADS, LINEAR, DIM, NORM_FULL, GATE, ROWS, BLOCK
-    )
-    inside = column[None, :] < DIM
-    dy = tl.load(grad + row[:, None] * DIM + column[None, :], mask=live[:, None] & inside, other=0).to(tl.float32)
-    r = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
-    n = x * r
-    product = dy * n
-    tl.store(dgamma + row, tl.sum(product * gates, axis=1), mask=live)
-    at = at_linear[:, None] * DIM + column[None, :]
-    if GATE == 1:
-        found = tl.sum(product, axis=1)[:, None] * scale
-        tl.store(dgate + at_linear[:, None], found.to(dgate.dtype.element_ty), mask=is_linear[:, None])
-    if GATE == 2:
-        tl.store(dgate + at, (product * scale).to(dgate.dtype.element_ty), mask=is_linear[:, None] & inside)
-    dn = dy * scale * gates
-    dx = r * (dn - n * (tl.sum(dn * n, axis=1) / DIM)[:, None])
-    dx = tl.where(scaled[:, None], dx, dy)
-    if LINEAR > 0:
-        tl.store(dlinear + at, dx.to(dlinear.dtype.element_ty), mask=is_linear[:, None] & inside)
-    if LINEAR < HEADS:
-        where = at_full[:, None] * DIM + column[None, :]
-        tl.store(dfull + where, dx.to(dfull.dtype.element_ty), mask=is_full[:, None] & inside)
+    token, slot, is_linear, place = _block(low, high, HEADS, ROWS)
+    live, column = token < tokens, tl.arange(0, BLOCK)[None, :]
+    inside = live[:, None] & (column < DIM)
+    share = dgamma + (slot if NORM_FULL else place) * (tl.num_programs(0) // HEADS) + tl.program_id(0) // HEADS
+    dy = tl.load(grad + (token * HEADS + slot)[:, None] * DIM + column, mask=inside, other=0)
+    if is_linear:
+        row = token * LINEAR + place
+        at = row[:, None] * DIM + column
+        x = tl.load(linear + at, mask=inside, other=0).to(tl.float32)
+        scale = tl.load(gamma + (slot if NORM_FULL else place)).to(tl.float32)
+        gates = _load_gates(gate, row, column, live, DIM, GATE)
+        dx, product = _norm_backward(dy, x, scale, gates, eps, DIM)
+        tl.store(dlinear + at, dx.to(dlinear.dtype.element_ty), mask=inside)
+        if GATE == 1:
+            tl.store(dgate + row, (tl.sum(product, axis=1) * scale).to(dgate.dtype.element_ty), mask=live)
+        if GATE == 2:
+            tl.store(dgate + at, (product * scale).to(dgate.dtype.element_ty), mask=inside)
+        tl.store(share, tl.sum(tl.where(live, tl.sum(product * gates, axis=1), 0.0), axis=0))
+    else:
+        at = (token * (HEADS - LINEAR) + place)[:, None] * DIM + column
+        if NORM_FULL:
+            x = tl.load(full + at, mask=inside, other=0).to(tl.float32)
+            scale = tl.load(gamma + slot).to(tl.float32)
+            dy, product = _norm_backward(dy, x, scale, 1.0, eps, DIM)
+            tl.store(share, tl.sum(tl.where(live, tl.sum(product, axis=1), 0.0), axis=0))
+        tl.store(dfull + at, dy.to(dfull.dtype.element_ty), mask=inside)
 
 
 def forward(
@@ -151,9 +141,9 @@ def forward(
     batch, length, _, dim = given[0].shape
     dtype = torch.promote_types(given[0].dtype, given[-1].dtype)
     out = gamma.new_empty(batch, length, options["HEADS"], dim, dtype=dtype)
-    rows = out.numel() // dim
-    if rows:
-        _forward_kernel[grid(rows)](*_pointers(inputs), out, rows, *_words(linear_heads), eps, **options)
+    if out.numel():
+        words = _words(linear_heads)
+        _forward_kernel[grid,](*_pointers(inputs), out, batch * length, *words, eps, **options)
     return out
 
 
@@ -168,21 +158,16 @@ def backward(
     norm_full: bool,
     eps: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """As `reference.backward`. Every row leaves its share of d gamma, summed over the tokens in a fixed order."""
+    """As `reference.backward`. Every program leaves its share of d gamma; they are summed in a fixed order."""
     inputs, (grid, options) = _contiguous(o_full, o_linear, gamma, gate), _launch(o_full, o_linear, gate, norm_full)
     grad = grad.contiguous()
-    batch, length, heads, dim = grad.shape
-    rows = batch * length * heads
     dfull, dlinear, _, dgate = (None if x is None else torch.empty_like(x) for x in inputs)
-    partial = torch.empty(batch * length, heads, dtype=torch.float32, device=grad.device)
-    if rows:
-        results = _pointers((dfull, dlinear, partial, dgate))
-        words = _words(linear_heads)
-        _backward_kernel[grid(rows)](grad, *_pointers(inputs), *results, rows, *words, eps, **options)
-    dgamma = partial.sum(0)
-    if not norm_full:
-        dgamma = torch.cat([dgamma.new_empty(0), *(dgamma[slot : slot + 1] for slot in linear_heads)])
-    return dfull, dlinear, dgamma.to(gamma.dtype), dgate
+    dgamma = torch.empty(len(gamma), grid // grad.shape[2], dtype=torch.float32, device=grad.device)
+    if grad.numel():
+        results = _pointers((dfull, dlinear, dgamma, dgate))
+        tokens, words = grad.shape[0] * grad.shape[1], _words(linear_heads)
+        _backward_kernel[grid,](grad, *_pointers(inputs), *results, tokens, *words, eps, **options)
+    return dfull, dlinear, dgamma.sum(1).to(gamma.dtype), dgate
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -205,20 +190,20 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
-def _launch(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None, norm_full: bool):
-    """(rows -> grid, the constants of the kernels)."""
+def _launch(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None, norm_full: bool) -> tuple[int, dict]:
+    """(the number of programs, the constants of the kernels)."""
     full, linear = (0 if o is None else o.shape[2] for o in (o_full, o_linear))
-    dim = (o_full if o_full is not None else o_linear).shape[3]  # type: ignore[union-attr]
+    batch, length, _, dim = (o_full if o_full is not None else o_linear).shape  # type: ignore[union-attr]
     block = triton.next_power_of_2(dim)
-    size = max(1, ELEMENTS // block)
+    rows = max(1, ELEMENTS // block)
     options = {
         "HEADS": full + linear,
         "LINEAR": linear,
         "DIM": dim,
         "NORM_FULL": norm_full,
         "GATE": 0 if gate is None else 1 if gate.shape[-1] == 1 < dim else 2,
-        "ROWS": size,
+        "ROWS": rows,
         "BLOCK": block,
         "num_warps": 4,
     }
-    return lambda rows: (triton.cdiv(rows, size),), options
+    return triton.cdiv(batch * length, rows) * (full + linear), options
