@@ -11,6 +11,7 @@ as it does for PyTorch's own attention.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -550,11 +551,21 @@ _LINEAR_OPTIONS = 'str rule="gated_delta", float? scale=None'
 )
 def _linear_attention(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
-    case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule)
-    forward = registry.kernel("linear_attention", case, q.device).forward
+    inputs = (q, k, v, decay, beta, state)
+    trains = any(x is not None and x.requires_grad for x in inputs)
+    case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule, trains=trains)
+    module = registry.kernel("linear_attention", case, q.device)
+    forward = getattr(module, "forward_keeping", module.forward) if trains else module.forward
     with _full_precision(q):
-        o, final = forward(q, k, v, decay, beta, state, rule=rule, scale=scale)
-    return _exact(o), _exact(final)
+        o, final, *kept = forward(*inputs, rule=rule, scale=scale)
+    o = _exact(o)
+    _left.behind = (o, kept[0]) if kept else None
+    return o, _exact(final)
+
+
+# An operator returns tensors whose number and sizes are known beforehand. What a forward finds out on the way, and its backward can
+# use, goes from the one to the other beside it, where both run at once (not in a compiled graph, whose backward finds it again).
+_left = threading.local()
 
 
 @_linear_attention.register_fake
@@ -567,34 +578,38 @@ def _(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=N
 @torch.library.custom_op(
     "hydra::linear_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_o, Tensor? grad_state, {_LINEAR_INPUTS}, *, {_LINEAR_OPTIONS}) -> "
+    schema=f"(Tensor grad_o, Tensor? grad_state, Tensor[] kept, {_LINEAR_INPUTS}, *, {_LINEAR_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_attention_backward(
-    grad_o, grad_state, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None
+    grad_o, grad_state, kept, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None
 ):
     case = registry.linear_attention_case("backward", q, k, v, decay, state, rule=rule)
     backward = registry.kernel("linear_attention", case, q.device).backward
     with _full_precision(q):
-        grads = backward(grad_o, grad_state, q, k, v, decay, beta, state, rule=rule, scale=scale)
+        options = {"kept": kept} if kept else {}
+        grads = backward(grad_o, grad_state, q, k, v, decay, beta, state, rule=rule, scale=scale, **options)
     return tuple(_or_empty(grad, q) for grad in grads)
 
 
 @_linear_attention_backward.register_fake
-def _(grad_o, grad_state, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+def _(grad_o, grad_state, kept, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     return tuple(_fake_or_empty(x, q) for x in (q, k, v, decay, beta, state))
 
 
 def _linear_attention_setup(ctx, inputs, keyword_only_inputs, output):
-    _save(ctx, inputs, keyword_only_inputs)
+    behind, _left.behind = getattr(_left, "behind", None), None
+    kept = behind[1] if behind is not None and behind[0] is output[0] else ()
+    _save(ctx, (*inputs, *kept), keyword_only_inputs)
     ctx.set_materialize_grads(False)  # Nobody needs the last state's gradient in training: kernels do without it.
 
 
 def _linear_attention_grads(ctx, grad_o, grad_state):
-    inputs = ctx.saved_tensors
+    q, k, v, decay, beta, state, *kept = ctx.saved_tensors
+    inputs = (q, k, v, decay, beta, state)
     if grad_o is None:
-        grad_o = torch.zeros_like(inputs[2])
-    grads = torch.ops.hydra.linear_attention_backward.default(grad_o, grad_state, *inputs, **ctx.options)
+        grad_o = torch.zeros_like(v)
+    grads = torch.ops.hydra.linear_attention_backward.default(grad_o, grad_state, kept, *inputs, **ctx.options)
     return _given(grads, inputs)
 
 

@@ -21,7 +21,7 @@ OPS = {ATTENTION: "attention", LINEAR: "linear_attention", CONV: "causal_conv", 
 @register
 @dataclass(frozen=True)
 class SelectKernels(Pass):
-    """Records the choice of `hydrasurgery.kernels.registry` as `node.meta["kernel"]`; printed behind the node.
+    """Records the choice of `hydrasurgery.kernels.registry` for long sequences as `node.meta["kernel"]`; printed behind the node.
 
     Every call makes that choice anew from what it is given, so this pass changes nothing: it shows what is to be expected.
 

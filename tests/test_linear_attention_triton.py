@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hydrasurgery import ops
+from hydrasurgery.kernels import registry
 from hydrasurgery.kernels.linear_attention import reference
 
 pytest.importorskip("triton", reason="triton is not installed: pip install hydrasurgery[kernels]")
@@ -243,3 +245,30 @@ def test_refusals_say_why():
     with pytest.raises(ValueError, match="B = 1"):
         two = [torch.cat([x, x]) for x in (q, k, v, decay, beta)]
         kernel.forward(*two, None, cu_seqlens=torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("length", [100, 600])
+def test_what_a_forward_keeps_changes_no_bit_of_the_gradients(length, monkeypatch):
+    monkeypatch.setattr(kernel, "_processors", lambda device: 32)  # so that 600 tokens are two segments
+    args = inputs(1, length, 2, 64, 64, decay=0.01)
+    grad, grad_state = weights(args)
+    o, final, kept = kernel.forward_keeping(*args)
+    assert (len(kept) == 3) == (length == 100)
+    plain = [*kernel.forward(*args), *kernel.backward(grad, grad_state, *args)]
+    for have, want in zip((o, final, *kernel.backward(grad, grad_state, *args, kept=kept)), plain, strict=True):
+        assert torch.equal(have, want)
+
+
+def test_autograd_hands_on_what_the_forward_keeps(monkeypatch):
+    found = []
+    original = kernel._find
+    monkeypatch.setattr(kernel, "_find", lambda *call: found.append(call) or original(*call))
+    monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
+    args = [x.requires_grad_() for x in inputs(1, 70, 2, 64, 64)]
+    grad, grad_state = weights(args)
+    both = [ops.linear_attention(*args) for _ in range(2)]  # the second must not take the place of the first
+    gradients = [torch.autograd.grad(outputs, args, (grad, grad_state)) for outputs in both]
+    assert len(found) == 2
+    wanted = truth(args, grad, grad_state)[2:]
+    for each in gradients:
+        compare([None, None, *each], [None, None, *wanted])

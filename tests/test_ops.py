@@ -188,9 +188,9 @@ def test_backward_operators_are_sound():
     grad = torch.randn(2, 4, 5, 8).bfloat16().transpose(1, 2)
     opcheck(torch.ops.hydra.attention_backward.default, (grad, q, k, v), {"softcap": 3.0})
     q, k, v, decay, beta, state = (x.detach() for x in recurrence("gated_delta"))
-    inputs = (torch.ones(()).expand_as(v), torch.zeros_like(state), q.half(), k, v, decay, beta)
-    opcheck(torch.ops.hydra.linear_attention_backward.default, inputs)
-    opcheck(torch.ops.hydra.linear_attention_backward.default, (inputs[0], None, *inputs[2:]))
+    for grad_state in (torch.zeros_like(state), None):
+        inputs = (torch.ones(()).expand_as(v), grad_state, [], q.half(), k, v, decay, beta)
+        opcheck(torch.ops.hydra.linear_attention_backward.default, inputs)
     x, weight = torch.randn(2, 5, 3).bfloat16(), torch.randn(3, 4)
     opcheck(torch.ops.hydra.causal_conv_backward.default, (x, x.new_zeros(2, 3, 3), x, weight))
     o, gamma = torch.randn(2, 5, 3, 6).half(), torch.randn(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import warnings
@@ -52,7 +53,8 @@ TABLE = [
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "decay by channel"), AMPERE, "reference"),
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "state"), AMPERE, "triton"),
     ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta"), HOPPER, "flash_qla"),
-    ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta", "gradients of few tokens"), HOPPER, "triton"),
+    ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta"), HOPPER, "flash_qla"),
+    ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "few tokens"), HOPPER, "triton"),
     ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta"), AMPERE, "triton"),
     ("linear_attention", case(FORWARD, FP32, (("K", 64), ("V", 256)), "gated_delta"), HOPPER, "triton"),
     ("linear_attention", case(FORWARD, BF16, (("K", 256), ("V", 256)), "gated_delta"), AMPERE, "triton, wide"),
@@ -66,6 +68,25 @@ TABLE = [
     ("decode_step", case(DECODE, BF16, (*GDN, ("W", 4))), HOPPER, "triton"),
     ("decode_step", case(DECODE, BF16, (("K", 512), ("V", 128), ("W", 4))), HOPPER, "reference"),
 ]
+
+
+@pytest.mark.parametrize("machine", [CPU, BARE, HOPPER, AMPERE, OLD], ids="cpu bare hopper ampere old".split())
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32, FP64])
+@pytest.mark.parametrize("sizes", [*itertools.product((32, 128, 256), repeat=2)])
+def test_what_a_forward_keeps_is_read_by_the_backward_of_the_same_kernel(machine, dtype, sizes):
+    pytest.importorskip("triton")
+    q, v = (torch.empty(1, 3, 2, size, dtype=dtype, device="meta") for size in sizes)
+    gate = torch.empty(1, 3, 2, device="meta")
+    forward, backward = (
+        choose(
+            "linear_attention",
+            registry.linear_attention_case(mode, q, q, v, gate, gate, rule="gated_delta", trains=True),
+            machine,
+        ).implementation.module
+        for mode in (FORWARD, BACKWARD)
+    )
+    if hasattr(importlib.import_module(forward), "forward_keeping"):
+        assert backward == forward
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64])
@@ -165,7 +186,7 @@ def test_a_missing_fast_path_is_said_once(monkeypatch):
         ),
         (
             lambda q: registry.linear_attention_case(FORWARD, q, q, q, q, q, rule="gated"),
-            case(FORWARD, FP32, (("K", 8), ("V", 8)), "gated", "state", "decay by channel"),
+            case(FORWARD, FP32, (("K", 8), ("V", 8)), "gated", "state", "decay by channel", "few tokens"),
         ),
         (
             lambda q: registry.linear_attention_case(FORWARD, q[:, :1], q[:, :1], q, None, None, rule="delta"),

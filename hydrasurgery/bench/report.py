@@ -20,6 +20,12 @@ TYPICAL: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
     ("attention with a window", "attention", (FORWARD, BACKWARD), frozenset({"window"})),
     ("attention with a soft cap", "attention", (FORWARD, BACKWARD, DECODE), frozenset({"softcap"})),
     ("linear_attention", "linear_attention", (FORWARD, BACKWARD, DECODE), frozenset({"gated_delta", "state"})),
+    (
+        "linear_attention of few tokens",
+        "linear_attention",
+        (FORWARD,),
+        frozenset({"gated_delta", "state", "few tokens"}),
+    ),
     ("causal_conv", "causal_conv", (FORWARD, BACKWARD), frozenset({"state", "reset"})),
     ("scale_norm_fusion", "scale_norm_fusion", (FORWARD, BACKWARD), frozenset()),
     ("decode_step", "decode_step", (DECODE,), frozenset()),

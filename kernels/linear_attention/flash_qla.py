@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+CACHE = ("h0", "mt", "fallback_bwd", "num_warmup_bwd")  # fields of FlashQLA's CPCache, where one card is shared out
 
 
 def forward(
@@ -19,18 +23,49 @@ def forward(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward` for rule gated_delta."""
-    from flash_qla import chunk_gated_delta_rule
+    return _forward(q, k, v, decay, beta, state, scale, cu_seqlens, keeping=False)[:2]
 
-    o, final = chunk_gated_delta_rule(
+
+def forward_keeping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    *,
+    rule: str,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """`forward`, and what `backward` need not compute again: T, sums of decays, and where the card is shared out, first states."""
+    return _forward(q, k, v, decay, beta, state, scale, None, keeping=True)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+    *,
+    keeping: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    from flash_qla import chunk_gated_delta_rule_fwd
+
+    sums, solve, o, _, final, cache = chunk_gated_delta_rule_fwd(
         *(x.contiguous() for x in (q, k, v)),
         g=decay.to(torch.float32).contiguous(),
         beta=beta.to(torch.float32).contiguous(),
-        scale=scale,
-        initial_state=state,
-        output_final_state=True,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=None if state is None else state.contiguous(),
         cu_seqlens=cu_seqlens,
+        enable_fwd_cp_cache=keeping,
     )
-    return o, final.to(torch.float32)
+    kept = (sums, solve) if cache is None else (sums, solve, *(getattr(cache, name) for name in CACHE))
+    return o.to(q.dtype), final.to(torch.float32), kept
 
 
 def backward(
@@ -46,25 +81,33 @@ def backward(
     rule: str,
     scale: float | None,
     cu_seqlens: Tensor | None = None,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """As `reference.backward`: what FlashQLA's own forward would have kept, the sums of decays and T, is computed again."""
+    """As `reference.backward`; what `forward_keeping` gives is computed again if it is not in `kept`."""
     from flash_qla import chunk_gated_delta_rule_bwd
     from flash_qla.ops.gated_delta_rule.chunk import CHUNK_SIZE, kkt_solve
+    from flash_qla.ops.gated_delta_rule.chunk.cp import CPCache
     from flash_qla.ops.utils import chunk_local_cumsum
 
     heads = [x.contiguous() for x in (q, k, v)]
     writes = beta.to(torch.float32).contiguous()
-    chunks = {"chunk_size": CHUNK_SIZE, "cu_seqlens": cu_seqlens}
+    if kept:
+        sums, solve, *cached = kept
+    else:
+        chunks = {"chunk_size": CHUNK_SIZE, "cu_seqlens": cu_seqlens}
+        sums = chunk_local_cumsum(decay.to(torch.float32).contiguous(), **chunks)
+        solve, cached = kkt_solve(k=heads[1], b=writes, **chunks), []
     dq, dk, dv, dbeta, ddecay, dstate = chunk_gated_delta_rule_bwd(
         *heads,
-        g=chunk_local_cumsum(decay.to(torch.float32).contiguous(), **chunks),
+        g=sums,
         beta=writes,
-        A=kkt_solve(k=heads[1], b=writes, **chunks),
+        A=solve,
         do=grad.to(q.dtype).contiguous(),
         dht=None if grad_state is None else grad_state.contiguous(),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         initial_state=None if state is None else state.contiguous(),
         cu_seqlens=cu_seqlens,
+        cp_cache=CPCache(**dict(zip(CACHE, cached, strict=True))) if cached else None,
     )
     found = zip((dq, dk, dv, ddecay, dbeta), (q, k, v, decay, beta), strict=True)
     first = None if state is None else dstate.to(state.dtype)

@@ -27,6 +27,7 @@ product (its transpose is computed as a product of its own), and more than four 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -89,14 +90,35 @@ def forward(
         segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
     """
     call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
+    return _forward(call, state, "forward", q.shape[-1], v.shape[-1])[:2]
+
+
+def forward_keeping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    *,
+    rule: str = "gated_delta",
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """`forward`, and what `backward` need not compute again: 64 numbers a token and head in q's dtype and 4 in fp32, and the maps
+    of segments."""
+    call = _Call.of(q, k, v, decay, beta, rule, scale, None, False, None)
+    return _forward(call, state, "forward, keeping", q.shape[-1], v.shape[-1])
+
+
+def _forward(
+    call: _Call, state: Tensor | None, name: str, keys: int, values: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     state = call.filled(state)
-    o = torch.empty(call.v.shape, dtype=v.dtype, device=v.device)
-    final = call.states(call.docs)
-    with _Run(call, back=False) as run:
-        parts = _prepare_chunks(run)
-        ends, _ = _segment_ends(run, parts, state)
-        _walk(run, parts, state, ends, final, o=o)
-    return _cut(o, v.shape[-1]), _cut(final, q.shape[-1], v.shape[-1])
+    o, final = torch.empty_like(call.v, memory_format=torch.contiguous_format), call.states(call.docs)
+    with _Run(call, name) as run:
+        found = _find(run, state)
+        _walk(run, found, state, final, o=o)
+    return _cut(o, values), _cut(final, keys, values), tuple(x for x in found if x is not None)
 
 
 def backward(
@@ -114,21 +136,21 @@ def backward(
     cu_seqlens: Tensor | None = None,
     l2_norm: bool = False,
     segment: int | None = None,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, decay, beta and state (None without one), each in its input's dtype, from those of o and of the
-    final state. Nothing but the inputs is needed from the forward pass: the states of chunks are computed again."""
+    final state. The states of chunks are computed again, and so is what `forward_keeping` gives if it is not in `kept`."""
     call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
     state, grad_state = call.filled(state), call.filled(grad_state)
     grad = _rows(_fill(grad.to(q.dtype), call.values))
     states = q.new_empty(call.chunks, call.heads, call.keys, call.values)
     updates = q.new_empty(call.chunks, call.heads, CHUNK, call.values)
     dstates, errors, dfirst = torch.empty_like(states), torch.empty_like(updates), call.states(call.docs)
-    with _Run(call, back=True) as run:
-        parts = _prepare_chunks(run)
-        ends, maps = _segment_ends(run, parts, state)
-        _walk(run, parts, state, ends, None, states=states, updates=updates)
-        _walk_back(run, parts, grad, grad_state, maps, dfirst, dstates, errors)
-        dq, dk, dv, ddecay, dbeta = _chunk_gradients(run, parts, grad, states, dstates, updates, errors)
+    with _Run(call, "backward, kept" if kept else "backward") as run:
+        found = _Found(*kept) if kept else _find(run, state)
+        _walk(run, found, state, None, states=states, updates=updates)
+        _walk_back(run, found, grad, grad_state, dfirst, dstates, errors)
+        dq, dk, dv, ddecay, dbeta = _chunk_gradients(run, found, grad, states, dstates, updates, errors)
     keys, values = q.shape[-1], v.shape[-1]
     first = None if state is None else _cut(dfirst, keys, values).to(state.dtype)
     return _cut(dq, keys), _cut(dk, keys), _cut(dv, values), ddecay, dbeta, first
@@ -157,13 +179,13 @@ class _Run:
     a kind that is new to this process they are compiled first, when all are known.
     """
 
-    def __init__(self, call: _Call, *, back: bool) -> None:
-        self.call, self.back = call, back
+    def __init__(self, call: _Call, name: str) -> None:
+        self.call, self.name = call, name
         self.q, self.k = _tokens(call.q, call.keys), _tokens(call.k, call.keys)
         self.v = _tokens(call.v, call.block)
         types = (call.q.device, call.q.dtype, call.decay.dtype, call.beta.dtype)
         wide = max(*call.decay.stride(), *call.beta.stride()) >= 1 << 31  # such a number has another type
-        self.kind = (back, *types, call.keys, call.values, call.l2_norm, call.split, call.chunk_table is None, wide)
+        self.kind = (name, *types, call.keys, call.values, call.l2_norm, call.split, call.chunk_table is None, wide)
         self.compiled = iter(_compiled[self.kind]) if self.kind in _compiled else None
         self.plan: list[_Launch] = []
         self.device = torch.cuda.device_of(call.q)
@@ -297,26 +319,26 @@ class _Call(NamedTuple):
         return sizes | _launch(name, self.keys, self.q.dtype)
 
 
-class _Parts(NamedTuple):
-    """What `_prepare` finds of a chunk and head: T, G / ln 2, the factors of rows of q and k, beta, and the log of |M|'s bound.
+class _Found(NamedTuple):
+    """What outputs and gradients both need. Of a chunk and head: T, the vectors G / ln 2, factors of rows of q and of k, and beta,
+    and the log of |M|'s bound. Of a segment, where documents are split: the state after it, M, M^T for the way back, and whether
+    M is anything but 0.
 
     All but T in fp32: loads of fewer than 4 bytes are not fetched ahead, and waiting for one costs as much as two products.
     """
 
-    solve: TensorDescriptor
-    total: Tensor
-    rows_q: Tensor
-    rows_k: Tensor
-    writes: Tensor
+    solve: Tensor
+    vectors: Tensor
     reach: Tensor
+    ends: Tensor | None = None
+    move: Tensor | None = None
+    turned: Tensor | None = None
+    moves: Tensor | None = None
 
-
-class _Maps(NamedTuple):
-    """M of each segment, M^T for the way back, and whether they are anything but 0."""
-
-    move: Tensor
-    turned: Tensor | None
-    moves: Tensor
+    @property
+    def chunks(self) -> tuple:
+        """As kernels take them."""
+        return _tiles(self.solve, CHUNK), *self.vectors.unbind(), self.reach
 
 
 def _fill(x: Tensor, *sizes: int) -> Tensor:
@@ -429,43 +451,36 @@ def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[
     )
 
 
-def _prepare_chunks(run: _Run) -> _Parts:
+def _find(run: _Run, state: Tensor | None) -> _Found:
     call = run.call
     shape = (call.chunks, call.heads)
     solve = call.q.new_empty(*shape, CHUNK, CHUNK)
-    total, rows_q, rows_k, writes = vectors = call.q.new_empty(4, *shape, CHUNK, dtype=torch.float32).unbind()
+    vectors = call.q.new_empty(4, *shape, CHUNK, dtype=torch.float32)
     reach = call.q.new_empty(shape, dtype=torch.float32)
     args = (
-        *(run.q, run.k, call.decay, call.beta, solve, *vectors, reach, call.chunk_table),
+        *(run.q, run.k, call.decay, call.beta, solve, *vectors.unbind(), reach, call.chunk_table),
         *(*call.decay.stride(), *call.beta.stride()),
         *(call.length, call.heads, call.scale, EPS),
     )
     run("prepare", _prepare, (call.heads * call.chunks, 1, 1), args, L2=call.l2_norm)
-    return _Parts(_tiles(solve, CHUNK), total, rows_q, rows_k, writes, reach)
-
-
-def _segment_ends(run: _Run, parts: _Parts, state: Tensor | None) -> tuple[Tensor | None, _Maps | None]:
-    """The state after each segment but a document's last, and the segments' maps; None if no document is split."""
-    call = run.call
     if not call.split:
-        return None, None
-    ends = call.states(call.segments)
-    move = ends.new_empty(call.segments, call.heads, call.keys, call.keys)
-    turned = torch.empty_like(move) if run.back else None
-    maps = _Maps(move, turned, ends.new_empty(call.segments, call.heads, dtype=torch.int32))
-    _walk(run, parts, state, ends, None, maps=maps)
-    _join_segments(run, ends, maps, back=False)
-    return ends, maps
+        return _Found(solve, vectors, reach)
+    move = vectors.new_empty(call.segments, call.heads, call.keys, call.keys)
+    turned = None if run.name == "forward" else torch.empty_like(move)
+    moves = move.new_empty(call.segments, call.heads, dtype=torch.int32)
+    found = _Found(solve, vectors, reach, call.states(call.segments), move, turned, moves)
+    _walk(run, found, state, None, maps=True)
+    _join_segments(run, found.ends, found, back=False)
+    return found
 
 
 def _walk(
     run: _Run,
-    parts: _Parts,
+    found: _Found,
     state: Tensor | None,
-    ends: Tensor | None,
     final: Tensor | None,
     *,
-    maps: _Maps | None = None,
+    maps: bool = False,
     o: Tensor | None = None,
     states: Tensor | None = None,
     updates: Tensor | None = None,
@@ -474,15 +489,14 @@ def _walk(
     call = run.call
     columns = call.values // call.block + (_cdiv(call.keys, call.block) if maps else 0)
     # Where a kernel reads and writes nothing stands something of the same type: one compiled kernel for all.
-    number, flag, tile = parts.total, parts.reach.view(torch.int32), parts.solve.base
-    move, turned, moves = maps or (None, None, None)
+    number, flag, tile = found.reach, found.reach.view(torch.int32), found.solve
     args = (
-        *(run.q, run.k, run.v, *parts),
-        *(number if x is None else x for x in (state, ends, final, move, turned)),
-        flag if moves is None else moves,
+        *(run.q, run.k, run.v, *found.chunks),
+        *(number if x is None else x for x in (state, found.ends, final, found.move, found.turned)),
+        flag if found.moves is None else found.moves,
         *(tile if x is None else x for x in (o, states, updates)),
         *(call.segment_table, call.length, call.heads, call.size),
-        *(int(x is not None) for x in (state, final, maps, turned)),
+        *(int(x) for x in (state is not None, final is not None, maps, found.turned is not None)),
     )
     name = "scan" if o is None else "outputs"
     run(name, _scan, (columns, call.heads, call.segments), args, BV=call.block, OUTPUTS=o is not None)
@@ -490,36 +504,35 @@ def _walk(
 
 def _walk_back(
     run: _Run,
-    parts: _Parts,
+    found: _Found,
     grad: Tensor,
     grad_state: Tensor | None,
-    maps: _Maps | None,
     dfirst: Tensor,
     dstates: Tensor,
     errors: Tensor,
 ) -> None:
     """Backwards through all segments: the gradients of first states, of the state after each chunk, and of T's results."""
     call = run.call
-    begins = dfirst if maps is None else call.states(call.segments)
+    begins = call.states(call.segments) if call.split else dfirst
     given = dfirst if grad_state is None else grad_state
     tiles = _tokens(grad, call.block)
-    for find in (True, False) if maps else (False,):
+    for find in (True, False) if call.split else (False,):
         args = (
-            *(tiles, run.q, run.k, *parts, given, begins, dfirst, dstates, errors),
+            *(tiles, run.q, run.k, *found.chunks, given, begins, dfirst, dstates, errors),
             *(call.segment_table, call.length, call.heads, call.size, int(grad_state is not None), int(find)),
         )
         run("back", _scan_back, (call.values // call.block, call.heads, call.segments), args, BV=call.block)
-        if find and maps is not None:
-            _join_segments(run, begins, maps, back=True)
+        if find:
+            _join_segments(run, begins, found, back=True)
 
 
-def _join_segments(run: _Run, states: Tensor, maps: _Maps, *, back: bool) -> None:
+def _join_segments(run: _Run, states: Tensor | None, found: _Found, *, back: bool) -> None:
     call = run.call
     block = min(call.values, 32)
     whole = call.keys <= 128 and call.q.dtype != torch.float32 and _holds_maps(call.q.device)
     rows = call.keys if whole else 64
-    move = maps.turned if back else maps.move
-    args = (states, move, maps.moves, call.first_segments, call.length, call.heads, call.size, int(back))
+    move = found.turned if back else found.move
+    args = (states, move, found.moves, call.first_segments, call.length, call.heads, call.size, int(back))
     run(
         "join",
         _join,
@@ -532,14 +545,14 @@ def _join_segments(run: _Run, states: Tensor, maps: _Maps, *, back: bool) -> Non
 
 
 def _chunk_gradients(
-    run: _Run, parts: _Parts, grad: Tensor, states: Tensor, dstates: Tensor, updates: Tensor, errors: Tensor
+    run: _Run, found: _Found, grad: Tensor, states: Tensor, dstates: Tensor, updates: Tensor, errors: Tensor
 ) -> tuple[Tensor, ...]:
     call = run.call
     inputs = (call.q, call.k, call.v, call.decay, call.beta)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     block = min(call.values, 32)  # A tile of S passes through registers, which the sums need.
     args = (
-        *(_tokens(grad, block), run.q, run.k, _tokens(call.v, block), *parts[1:5]),
+        *(_tokens(grad, block), run.q, run.k, _tokens(call.v, block), *found.vectors.unbind()),
         *(_tiles(x, block) for x in (states, dstates, updates, errors)),
         # k's sum is in units of the scale; a small one would overflow float16.
         *(*grads, call.chunk_table, call.length, call.heads, call.scale, call.scale if abs(call.scale) > 0.01 else 1.0),
