@@ -140,6 +140,10 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
                 "sdpa, masked", _here("attention", "sdpa"), forward, FLOAT, {},
                 {"mask", "window", "more keys than queries", "a value width of its own"}, ampere,
             ),
+            Implementation(
+                "efficient", _here("attention", "efficient"), (BACKWARD,), FLOAT, {"D": eights},
+                {"mask", "window", "more keys than queries"}, ampere,
+            ),
             Implementation("reference", _here("attention", "reference")),
         ),
         "linear_attention": (

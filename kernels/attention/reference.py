@@ -76,14 +76,15 @@ def backward(
     grad_all = grad.to(dtype).transpose(1, 2)
     dq, dk, dv = torch.zeros_like(q_all), torch.zeros_like(keys), torch.zeros_like(values)
     dsinks = None if sinks is None else sinks.new_zeros(heads, dtype=dtype)
-    for rows, cols in _blocks(q, k, mask, causal, window):
+    budget = BACKWARD_SCORES_CPU if q.device.type == "cpu" else BACKWARD_SCORES
+    for rows, cols in blocks(q, k, mask, causal, window, budget):
         # Heads of a group stacked along the queries: one product a group, and dk, dv are summed over its heads by it.
         stack = (batch, groups, -1)
         q_rows = q_all[:, :, rows].reshape(*stack, q.shape[-1])
         grad_rows = grad_all[:, :, rows].reshape(*stack, v.shape[-1])
         k_cols, v_cols = keys[:, :, cols], values[:, :, cols]
         shape = (batch, heads, rows.stop - rows.start, cols.stop - cols.start)
-        seen = _block_mask(rows, cols, q, k, mask, causal, window)
+        seen = block_mask(rows, cols, q, k, mask, causal, window)
         p, p_sink, slope = _probabilities((q_rows @ k_cols.mT).view(shape), seen, sinks, softcap)
         dp = (grad_rows @ v_cols.mT).view(shape)
         delta = (p * dp).sum(-1, keepdim=True)
@@ -123,7 +124,7 @@ def _visible(
     return seen if window is None else seen & (key > place - window)
 
 
-def _repeat_heads(x: Tensor, times: int) -> Tensor:
+def repeat_heads(x: Tensor, times: int) -> Tensor:
     # Expanded and not `repeat_interleave`d: of a single head this is a view, and products of it round as transformers' do.
     return x if times == 1 else x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 
@@ -141,7 +142,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
             if mask is not None and mask.shape[1] > 1:
                 mask = mask.reshape(mask.shape[0], heads // times, times, mask.shape[-1])
         else:
-            k, v = _repeat_heads(k, times), _repeat_heads(v, times)
+            k, v = repeat_heads(k, times), repeat_heads(v, times)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=flag, scale=scale, enable_gqa=grouped)
     return out.reshape(batch, heads, queries, v.shape[-1]).transpose(1, 2).contiguous()
 
@@ -156,7 +157,7 @@ def _eager(
     softcap: float | None,
 ) -> Tensor:
     batch, heads, queries, _ = q.shape
-    k, v = _repeat_heads(k, heads // k.shape[1]), _repeat_heads(v, heads // v.shape[1])
+    k, v = repeat_heads(k, heads // k.shape[1]), repeat_heads(v, heads // v.shape[1])
     out = q.new_empty(batch, queries, heads, v.shape[-1])
     step = max(1, EAGER_SCORES // (batch * heads * k.shape[2]))
     for start in range(0, queries, step):
@@ -185,13 +186,12 @@ def _eager_weights(
     return F.softmax(logits, dim=-1)[..., :-1]
 
 
-def _blocks(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None
+def blocks(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None, budget: int
 ) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries with the span of keys that any of them may see."""
+    """Blocks of queries, of at most `budget` scores, with the span of keys that any of them may see."""
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
-    budget = BACKWARD_SCORES_CPU if q.device.type == "cpu" else BACKWARD_SCORES
     step, offset = max(1, budget // (batch * heads * keys)), keys - queries
     for start in range(0, queries, step):
         stop = min(start + step, queries)
@@ -204,7 +204,7 @@ def _blocks(
             yield slice(start, stop), slice(low, high)
 
 
-def _block_mask(
+def block_mask(
     rows: slice, cols: slice, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None
 ) -> Tensor | None:
     if mask is not None:

@@ -47,6 +47,7 @@ TINY = {
 }
 WARM_UP = 6  # compiled calls before the clock starts: compilation, and the first two of CUDA graphs
 GRAPHS = {"mode": "reduce-overhead"}
+Measured = Iterator[tuple["Case", float, Tensor, float]]  # case, milliseconds, what must be alike, seconds it took
 
 
 @dataclass(frozen=True)
@@ -169,48 +170,73 @@ def decode(case: Case, models: dict[str, nn.Module], batch: int, args: argparse.
     return median_ms([lambda t=t: step(t) for t in tokens[WARM_UP:]], args.device), logits
 
 
-def train(case: Case, models: dict[str, nn.Module], length: int, args: argparse.Namespace) -> tuple[float, Tensor]:
-    """Milliseconds of a forward and backward pass of one sequence, and the gradient of the first layer's query weights."""
-    model = models[case.model].train()
-    run = case.compiled(models)
-    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-    ids = ids.to(args.device)
+def train(cases: list[Case], models: dict[str, nn.Module], length: int, args: argparse.Namespace) -> Measured:
+    """Milliseconds of a forward and backward pass of one sequence, and the gradient of the first layer's query weights.
 
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        run(ids, labels=ids, use_cache=False).loss.backward()
-
-    for _ in range(2):
-        step()
-    watched = model.get_submodule("model.layers.0.self_attn.q_proj").weight.grad.float().clone()
-    spent = median_ms([step] * args.train_steps, args.device)
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    return spent, watched
-
-
-def table(
-    title: str, cases: list[Case], measure: Callable[[Case], tuple[float, Tensor]], tokens: int, until: float
-) -> None:
-    """Run every case and print a row each as it ends; ratios are to the first row and to Inductor without our passes.
-
-    No case begins after `until`. The last column is the seconds that the case took, compilation included.
+    Cases take turns, for the host's share of a step changes with what else it does.
     """
-    heads = f"{'ms':>9} {'tokens/s':>10} {'x eager':>8} {'x inductor':>10} {'difference':>10}  s"
-    print(f"\n{title}\n{'case':44} {heads}", flush=True)
-    base: dict[str, float] = {}
-    wanted: dict[str, Tensor] = {}
+    vocabulary, generator = models["teacher"].config.vocab_size, torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocabulary, (1, length), generator=generator).to(args.device)
+
+    def prepared(case: Case) -> tuple[Callable[[], None], Tensor]:
+        model = models[case.model].train()
+        run = case.compiled(models)
+
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            run(ids, labels=ids, use_cache=False).loss.backward()
+
+        for _ in range(2):
+            step()
+        weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
+        watched = weight.grad.float().clone()
+        model.zero_grad(set_to_none=True)
+        return step, watched
+
+    fresh()
+    ready = list(_each(cases, prepared, args.until))
+    turns = [[median_ms([step] * args.train_steps, args.device) for _, (step, _), _ in ready] for _ in range(3)]
+    for model in models.values():
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    for (case, (_, watched), seconds), times in zip(ready, zip(*turns, strict=True), strict=True):
+        yield case, statistics.median(times), watched, seconds
+
+
+def _each(cases: list[Case], measure: Callable[[Case], Any], until: float) -> Iterator[tuple[Case, Any, float]]:
+    """(case, what is measured, seconds that it took) of each case that succeeds; none begins after `until`."""
     for case in cases:
         start = time.perf_counter()
         if start > until:
             print(f"{case.name:44} no time left", flush=True)
             continue
         try:
-            fresh()
-            ms, found = measure(case)
+            found = measure(case)
         except Exception as error:
             print(f"{case.name:44} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
+        yield case, found, time.perf_counter() - start
+
+
+def decode_all(cases: list[Case], models: dict[str, nn.Module], batch: int, args: argparse.Namespace) -> Measured:
+    def measure(case: Case) -> tuple[float, Tensor]:
+        fresh()
+        return decode(case, models, batch, args)
+
+    for case, (ms, logits), seconds in _each(cases, measure, args.until):
+        yield case, ms, logits, seconds
+
+
+def table(title: str, measured: Measured, tokens: int) -> None:
+    """A row each; ratios are to the first row and to Inductor without our passes.
+
+    The last column is the seconds that the case took, compilation included.
+    """
+    heads = f"{'ms':>9} {'tokens/s':>10} {'x eager':>8} {'x inductor':>10} {'difference':>10}  s"
+    print(f"\n{title}\n{'case':44} {heads}", flush=True)
+    base: dict[str, float] = {}
+    wanted: dict[str, Tensor] = {}
+    for case, ms, found, seconds in measured:
         base.setdefault("eager", ms)
         if case.name.startswith("inductor, no passes"):
             base["inductor"] = ms
@@ -219,7 +245,7 @@ def table(
         ratios = [f"{base[n] / ms:.2f}" if n in base else "" for n in ("eager", "inductor")]
         print(
             f"{case.name:44} {ms:9.3f} {1e3 * tokens / ms:10.0f} {ratios[0]:>8} {ratios[1]:>10} {difference:10.1e}"
-            f"  {time.perf_counter() - start:.0f}",
+            f"  {seconds:.0f}",
             flush=True,
         )
 
@@ -247,15 +273,13 @@ def main() -> None:
     models = build(args)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{device}, torch {torch.__version__}, {args.dtype}, built in {time.perf_counter() - start:.0f} s")
-    until = start + args.limit
+    args.until = start + args.limit
     for batch in args.batches:
         title = f"decode, batch {batch}, {args.context} tokens in a static cache"
-        table(
-            title, decode_cases(args.ablate), lambda case, batch=batch: decode(case, models, batch, args), batch, until
-        )
+        table(title, decode_all(decode_cases(args.ablate), models, batch, args), batch)
     for length in lengths:
         title = f"training step, batch 1, {length} tokens"
-        table(title, training_cases(args.ablate), lambda case, n=length: train(case, models, n, args), length, until)
+        table(title, train(training_cases(args.ablate), models, length, args), length)
 
 
 if __name__ == "__main__":

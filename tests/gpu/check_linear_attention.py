@@ -1,10 +1,10 @@
 """Check and time the Triton kernels of `hydra::linear_attention` on the GPU at hand: `python -m tests.gpu.check_linear_attention`.
 
-Errors are ||x - reference|| / ||reference|| against the reference in float64. Times are medians in milliseconds, of calls that
-are waited for and of replays of a CUDA graph. `--peers` times the operator, with what the registry chooses, and fla's own kernels
-and FlashQLA beside them, where they are installed;
-`--unchecked` only times; `--cold` measures the first call in a fresh process with an empty Triton cache. `--profile` makes one pass
-for a profiler: `ncu --profile-from-start off --set full python -m tests.gpu.check_linear_attention --profile`.
+Errors are ||x - reference|| / ||reference|| against the reference in float64. Times are medians in milliseconds, of one of many
+calls replayed as a CUDA graph and of calls that are waited for. `--peers` times the operator, with what the registry chooses, and
+fla's own kernels and FlashQLA beside them, where they are installed; `--unchecked` only times; `--cold` measures the first call in
+a fresh process with an empty Triton cache. `--profile` makes one pass for a profiler:
+`ncu --profile-from-start off --set full python -m tests.gpu.check_linear_attention --profile`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hydrasurgery import ops
+from hydrasurgery.bench.timing import median_ms
 from hydrasurgery.kernels.linear_attention import reference
 from hydrasurgery.kernels.linear_attention import triton as kernel
 
@@ -120,6 +121,13 @@ def run(given: dict[str, Tensor], grad: Tensor, grad_state: Tensor, options: dic
     return [*found, *kernel.backward(grad, grad_state, **given, **options)]
 
 
+def keeping(module, given: dict[str, Tensor | None], grad: Tensor, grad_state: Tensor | None) -> list[Tensor]:
+    """As a training operator: what the forward finds out is kept for the backward."""
+    call = given | {"rule": "gated_delta", "scale": None}
+    o, final, kept = module.forward_keeping(**call)
+    return [o, final, *module.backward(grad, grad_state, **call, kept=kept)]
+
+
 def check(case) -> bool:
     dtype, *shape, decay, options = case
     torch.manual_seed(1)
@@ -131,7 +139,7 @@ def check(case) -> bool:
         call["cu_seqlens"] = torch.tensor(documents, device="cuda", dtype=torch.int32)
     found = run(given, grad, grad_state, call)
     # Memory that the kernels may forget to write is dirty by now.
-    again = run(given, grad, grad_state, call)
+    again = run(given, grad, grad_state, call) if call else keeping(kernel, given, grad, grad_state)
     same = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     truth = wanted(given, grad, grad_state, documents, l2_norm)
     errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True)]
@@ -153,9 +161,8 @@ def beside_flash_qla() -> None:
         given = inputs(torch.bfloat16, (1, 2000, 14, 128, 128), decay)
         grad, state = torch.randn_like(given["v"]), torch.zeros_like(given["state"])
         o, final, *grads, _ = wanted(given | {"state": state}, grad, state, None, False)
-        call = given | {"state": None, "rule": "gated_delta", "scale": None}
         for name, module in (("ours", kernel), ("FlashQLA", flash_qla)):
-            found = [*module.forward(**call), *module.backward(grad, None, **call)]
+            found = keeping(module, given | {"state": None}, grad, None)
             pairs = zip(NAMES, found, [o, final, *grads], strict=False)
             text = " ".join(
                 f"{part} {float((x.double() - y).norm() / y.norm()):.1e}" for part, x, y in pairs if x is not None
@@ -163,7 +170,12 @@ def beside_flash_qla() -> None:
             print(f"errors, decay {decay}, {name}: {text}", flush=True)
 
 
-def median_ms(call: Callable[[], object], repeats: int = 15) -> float:
+def replayed_ms(call: Callable[[], object]) -> float:
+    return median_ms(call, torch.device("cuda"), graph=True)
+
+
+def waited_ms(call: Callable[[], object], repeats: int = 15) -> float:
+    """Median of calls that are waited for one by one: the host's time counts."""
     call()
     times = []
     for _ in range(repeats):
@@ -176,22 +188,9 @@ def median_ms(call: Callable[[], object], repeats: int = 15) -> float:
     return statistics.median(times)
 
 
-def graph_ms(call: Callable[[], object]) -> float:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return median_ms(graph.replay)
-
-
 def ours(given: dict[str, Tensor], grad: Tensor, back: bool) -> Callable[[], object]:
     call = given | {"state": None}
-    if not back:
-        return lambda: kernel.forward(**call)
-    return lambda: (kernel.forward(**call), kernel.backward(grad, None, **call))
+    return lambda: keeping(kernel, call, grad, None) if back else kernel.forward(**call)
 
 
 def peer(function, given: dict[str, Tensor], grad: Tensor, back: bool) -> Callable[[], object]:
@@ -229,7 +228,7 @@ def peers() -> dict[str, Callable]:
 
 
 def time_all(lengths: list[int], decays: list[float], others: dict[str, Callable]) -> None:
-    print("length direction decay | " + " | ".join(["ours", "ours in a graph", *others]))
+    print("length direction decay | replayed, waited for: " + " | ".join(["ours", *others]))
     for back in (False, True):
         for length in lengths:
             if back and length > 65536:
@@ -237,16 +236,18 @@ def time_all(lengths: list[int], decays: list[float], others: dict[str, Callable
             for decay in decays:
                 given = inputs(torch.bfloat16, (1, length, 14, 128, 128), decay)
                 grad = torch.randn_like(given["v"])
-                row = [median_ms(ours(given, grad, back)), graph_ms(ours(given, grad, back))]
-                for name, function in others.items():
-                    try:
-                        row.append(median_ms(peer(function, given, grad, back)))
-                    except Exception as error:
-                        print(f"{name} failed: {str(error)[:200]}")
-                        row.append(float("nan"))
-                print(
-                    length, "both" if back else "forward", decay, "|", " | ".join(f"{x:.3f}" for x in row), flush=True
-                )
+                calls = {"ours": ours(given, grad, back)}
+                calls |= {name: peer(function, given, grad, back) for name, function in others.items()}
+                row = []
+                for name, call in calls.items():
+                    for clock in (replayed_ms, waited_ms):
+                        try:
+                            row.append(f"{clock(call):.4f}")
+                        except Exception as error:
+                            print(f"{name} failed: {str(error)[:200]}")
+                            row.append("-")
+                pairs = " | ".join(map(", ".join, zip(row[::2], row[1::2], strict=True)))
+                print(length, "both" if back else "forward", decay, "|", pairs, flush=True)
 
 
 def first_call(back: bool) -> None:

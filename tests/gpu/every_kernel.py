@@ -27,6 +27,13 @@ def linear_attention(dtype: torch.dtype, keys: int, values: int, **options: obje
     linear.backward(torch.randn_like(o), torch.randn_like(state), **given, **options)
 
 
+def linear_attention_in_training() -> None:
+    """As the operator calls the kernels: long enough for segments on any card."""
+    given = inputs(torch.bfloat16, (1, 1000, 1, 64, 64), 0.02)
+    o, state, kept = linear.forward_keeping(**given)
+    linear.backward(torch.randn_like(o), torch.randn_like(state), **given, kept=kept)
+
+
 def causal_conv(dtype: torch.dtype, reset: bool) -> None:
     x, weight = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((2, 70, 48), (48, 4)))
     state = None if reset else torch.randn(2, 48, 3, device="cuda", dtype=dtype)
@@ -51,6 +58,7 @@ def main() -> None:
     documents = torch.tensor([0, 0, 1, 130, 300], device="cuda", dtype=torch.int32)
     for keys, values in SIZES:
         linear_attention(torch.bfloat16, keys, values, segment=128)
+    linear_attention_in_training()
     linear_attention(torch.bfloat16, 128, 128, cu_seqlens=documents, l2_norm=True)
     linear_attention(torch.float32, 64, 64, segment=128)
     for dtype in (torch.bfloat16, torch.float32):
