@@ -27,6 +27,7 @@ product (its transpose is computed as a product of its own), and more than four 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -169,6 +170,7 @@ class _Launch(NamedTuple):
 
 
 _compiled: dict[tuple, list] = {}
+_thread = threading.local()
 
 
 class _Run:
@@ -200,6 +202,10 @@ class _Run:
 
     def __enter__(self) -> _Run:
         self.device.__enter__()
+        if self.call.q.is_cuda and not hasattr(_thread, "bound"):
+            # Tensor descriptors need the card's context, which a new thread (autograd's) has from its first launch on.
+            torch.zeros(1, device=self.call.q.device)
+            _thread.bound = True
         return self
 
     def __exit__(self, error: object, *rest: object) -> None:

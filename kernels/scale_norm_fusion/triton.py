@@ -120,9 +120,11 @@ def _backward_kernel(
         if NORM_FULL:
             x = tl.load(full + at, mask=inside, other=0).to(tl.float32)
             scale = tl.load(gamma + slot).to(tl.float32)
-            dy, product = _norm_backward(dy, x, scale, 1.0, eps, DIM)
+            dx, product = _norm_backward(dy, x, scale, 1.0, eps, DIM)
+            tl.store(dfull + at, dx.to(dfull.dtype.element_ty), mask=inside)
             tl.store(share, tl.sum(tl.where(live, tl.sum(product, axis=1), 0.0), axis=0))
-        tl.store(dfull + at, dy.to(dfull.dtype.element_ty), mask=inside)
+        else:
+            tl.store(dfull + at, dy.to(dfull.dtype.element_ty), mask=inside)
 
 
 def forward(

@@ -213,23 +213,24 @@ def operator(q, k, v, decay, beta, *, scale, initial_state, output_final_state):
 def peers() -> dict[str, Callable]:
     found = {"the operator": operator}
     try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        found["fla"] = inspect.unwrap(chunk_gated_delta_rule)  # else it hands the call to FlashQLA
-    except ImportError as error:
-        print("no fla:", error)
-    try:
         from flash_qla import chunk_gated_delta_rule as flash
 
         found["FlashQLA"] = flash
     except ImportError as error:
         print("no FlashQLA:", error)
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        found["fla"] = inspect.unwrap(chunk_gated_delta_rule)  # else it hands the call to FlashQLA
+    except ImportError as error:
+        print("no fla:", error)
     return found
 
 
-def time_all(lengths: list[int], decays: list[float], others: dict[str, Callable]) -> None:
+def time_all(lengths: list[int], decays: list[float], directions: list[str], others: dict[str, Callable]) -> None:
     print("length direction decay | replayed, waited for: " + " | ".join(["ours", *others]))
-    for back in (False, True):
+    for direction in directions:
+        back = direction == "both"
         for length in lengths:
             if back and length > 65536:
                 continue
@@ -247,7 +248,7 @@ def time_all(lengths: list[int], decays: list[float], others: dict[str, Callable
                             print(f"{name} failed: {str(error)[:200]}")
                             row.append("-")
                 pairs = " | ".join(map(", ".join, zip(row[::2], row[1::2], strict=True)))
-                print(length, "both" if back else "forward", decay, "|", pairs, flush=True)
+                print(length, direction, decay, "|", pairs, flush=True)
 
 
 def first_call(back: bool) -> None:
@@ -274,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384, 65536, 262144, 524288])
     parser.add_argument("--decays", type=float, nargs="*", default=[0.7, 0.02, 0.0001])
+    parser.add_argument("--directions", nargs="*", default=["forward", "both"], choices=["forward", "both"])
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--unchecked", action="store_true", help="times only")
@@ -302,7 +304,7 @@ def main() -> None:
     others = peers() if options.peers else {}
     if "FlashQLA" in others:
         beside_flash_qla()
-    time_all(options.lengths, options.decays, others)
+    time_all(options.lengths, options.decays, options.directions, others)
     if bad:
         raise SystemExit(f"{bad} cases are wrong")
 
