@@ -113,9 +113,9 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Out
 def _triton_training(inputs: Inputs) -> Outputs:
     from hydrasurgery.kernels.linear_attention import triton
 
-    q, k, v, decay, beta, grad = (x.detach() for x in inputs.values())
-    grads = triton.backward(grad, None, q, k, v, decay, beta, None)
-    return triton.forward(q, k, v, decay, beta, None)[0], *grads[:5]  # type: ignore[return-value]
+    *args, grad = (*(x.detach() for x in inputs.values()),)
+    o, _, kept = triton.forward_keeping(*args, None)
+    return o, *triton.backward(grad, None, *args, None, kept=kept)[:5]  # type: ignore[return-value]
 
 
 def _exact_linear(inputs: Inputs) -> Outputs:
@@ -158,7 +158,7 @@ LINEAR_FORWARD = Suite(
         Contender("fla", lambda x: _fla(**x), registry.FLA),
         Contender("flash_qla", lambda x: _flash_qla(**x), registry.FLASH_QLA),
     ),
-    _exact_linear, _linear_floor(1, 4),
+    _exact_linear, _linear_floor(1, 4), graph=True,
 )  # fmt: skip
 
 LINEAR_TRAINING = Suite(
@@ -169,7 +169,7 @@ LINEAR_TRAINING = Suite(
         Contender("fla", _trained(_fla), registry.FLA),
         Contender("flash_qla", _trained(_flash_qla), registry.FLASH_QLA),
     ),
-    _exact_training, _linear_floor(3, 11),
+    _exact_training, _linear_floor(3, 11), graph=True,
 )  # fmt: skip
 
 
