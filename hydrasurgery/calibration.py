@@ -162,7 +162,7 @@ def behind_past(taps: dict[str, HeadTap], whole: dict[str, Attended], start: int
             together = (
                 torch.cat([past[:, :, :start].expand(rows), later], 2) for past, later in ((k, later_k), (v, later_v))
             )
-            return q, *together, None if mask is None else mask[:, :, start:], sinks
+            return q, *together, None if mask is None else mask[:, :, -q.shape[2] :], sinks
 
         return hook
 

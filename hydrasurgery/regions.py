@@ -813,7 +813,7 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
     """For the time of the block every attention module has a `HeadTap` in which its attention runs, under its name.
 
     Forward hooks on it read the heads' outputs [B, T, H, D] or, by returning a tensor, replace them. Its inputs are for hooks
-    too.
+    too. An output of more rows is one whose new rows had the inputs of row 0.
     """
     originals: dict[str, nn.Module] = {}
     stitched = region_modules(model)
@@ -823,11 +823,7 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
     taps = {}
     for region in regions:
         taps[region.name] = region.module.hydra.tap = HeadTap()
-        node = region.find(ATTENTION)[0]
-        with region.graph.inserting_after(node):
-            tap = region.graph.call_module("hydra.tap", node.args, node.kwargs)
-        node.replace_all_uses_with(tap)
-        region.graph.erase_node(node)
+        _put_tap(region.graph, region.find(ATTENTION)[0])
         originals[region.name] = model.get_submodule(region.name)
     try:
         with using_hydra_attention(model):
@@ -836,6 +832,29 @@ def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str
     finally:
         for name, original in originals.items():
             replace_module(model, name, original)
+
+
+def _put_tap(graph: fx.Graph, attention: fx.Node) -> None:
+    """Call the tap instead of the attention, and let all that is used behind it have as many rows as its output."""
+    with graph.inserting_after(attention):
+        tap = graph.call_module("hydra.tap", attention.args, attention.kwargs)
+    attention.replace_all_uses_with(tap)
+    graph.erase_node(attention)
+    nodes = list(graph.nodes)
+    place = nodes.index(tap)
+    for node in nodes[:place]:
+        size = node.target == torch.ops.aten.sym_size.int and node.args[1] == 0
+        used = [user for user in nodes[place + 1 :] if node in user.all_input_nodes]
+        if used and (size or (node.meta.get("shape") or ())[:1] == ("B",)):
+            with graph.inserting_after(tap):
+                follower = graph.call_function(node.target, (tap, 0)) if size else graph.call_function(_grow, (node, tap))
+            for user in used:
+                user.replace_input_with(node, follower)
+
+
+def _grow(x: Tensor, like: Tensor) -> Tensor:
+    """x with row 0 repeated until it has as many rows as `like`."""
+    return x if len(x) == len(like) else torch.cat([x, x[:1].expand(len(like) - len(x), *x.shape[1:])])
 
 
 __all__ = [

@@ -25,7 +25,7 @@ def mean_ablation(bench: Bench) -> dict[str, Tensor]:
     """
     means = mean_outputs(bench)
 
-    def change(name: str, _rows: list[int], heads: list[int]) -> Tensor:
+    def change(name: str, heads: list[int]) -> Tensor:
         return means[name][heads][:, None]
 
     return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True), whole=True)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any
 
@@ -47,7 +47,7 @@ Taps = dict[str, HeadTap]
 Head = tuple[str, int]  # the layer's name, the head's number
 Advance = Callable[[int, int], None]  # pairs just finished, pairs that were added to the work
 Edit = Callable[[str, Tensor], Tensor]  # a layer's name and its heads' live outputs [R, T, H, D] -> their replacement
-Change = Callable[[str, list[int], list[int]], Tensor]  # a layer's name, rows, heads -> outputs of those [N, T, D]
+Change = Callable[[str, list[int]], Tensor]  # a layer's name and heads -> what those give instead [N, T, D]
 
 
 class _Reached(Exception):
@@ -223,37 +223,46 @@ class Bench:
             return _logits(self.model, ids, run.asked, position_ids=places)
 
     def _replay_joined(self, run: Run, heads: Sequence[Head], edit: Edit) -> Tensor:
-        """Live replay in which row r + 1 differs from row 0 at the layer of head r, and joins in front of its block.
+        """Live replay in which row r + 1 differs from row 0 at the layer of head r, and joins behind its attention.
 
-        `heads` are in the layers' order. Blocks in front of the first give what they gave in `run`, and behind the last
-        layer's heads, where no token reads another, only the answer's tokens go on. Logits [1 + N, A, vocabulary].
+        `heads` are in the layers' order. Blocks in front of the first give what they gave in `run`, and in the last
+        layer, where no token reads another any more, only the answer's tokens ask and go on. Logits [1 + N, A, vocabulary].
         """
         names, counts = list(self.taps), Counter(name for name, _ in heads)
-        last = names[-1]
+        last, first = names[-1], int(run.asked.min())
         entered: list[Tensor] = []
         given: list[Tensor] = []
 
-        def join(name: str) -> Callable[[Tensor], Tensor]:
-            return lambda x: torch.cat([x, x[:1].expand(counts[name], -1, -1)])
+        def join(x: Tensor, name: str) -> Tensor:
+            return torch.cat([x, x[:1].expand(counts[name], *x.shape[1:])])
 
         def enter(x: Tensor) -> Tensor:
-            entered.append(x[:, run.asked.to(x.device)])
+            entered.append(join(x[:, run.asked.to(x.device)], last))
             return x
 
-        def stop(name: str, output: Tensor) -> Tensor:
-            output = edit(name, output)
+        def ask(_tap: HeadTap, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            q, k, v, mask, sinks = (*args, None, None)[:5]
+            q = q[:, :, first:]
+            return q, k, v, None if mask is None else mask[:, :, -q.shape[2] :], sinks
+
+        def joined(name: str, output: Tensor) -> Tensor:
+            output = edit(name, join(output, name) if name in counts else output)
             if name == last:
-                given.append(output[:, run.asked.to(output.device)])
+                given.append(output[:, (run.asked - first).to(output.device)])
                 raise _Reached
             return output
 
         with ExitStack() as stack:
             stack.enter_context(self._skipped(names[: names.index(heads[0][0])], run.leaving))
-            for name in counts:
-                stack.enter_context(_entering(self.blocks[name], join(name)))
+            for name, count in counts.items():
+                if name != last:
+                    attention = self.model.get_submodule(name)
+                    stack.enter_context(_entering(self.blocks[name], partial(join, name=name)))
+                    stack.enter_context(_entering(attention, lambda x, count=count: x[:-count]))
             stack.enter_context(_entering(self.blocks[last], enter))
+            stack.callback(self.taps[last].register_forward_pre_hook(ask).remove)
             stack.enter_context(suppress(_Reached))
-            self.replay(run, 1, stop)
+            self.replay(run, 1, joined)
         before = _map_hidden(run.leaving[names[-2]], lambda _: entered[0])
         with self._skipped(names[:-1], {names[-2]: before}):
             return self.replay(run.at_answer(), 1, lambda _name, _output: given[0])
@@ -379,11 +388,11 @@ def changed(run: Run, heads: Sequence[Head], change: Change, *, live: bool) -> E
     hold = frozen(run, 1 + len(heads))
 
     def edit(name: str, output: Tensor) -> Tensor:
-        out = output.clone() if live else hold(name, output)
-        rows = [row for row, (layer, _) in enumerate(heads, start=1) if layer == name]
-        numbers = [head for layer, head in heads if layer == name]
-        if rows:
-            out[rows, :, numbers] = change(name, rows, numbers).to(out.dtype)
+        at = [(row, head) for row, (layer, head) in enumerate(heads, start=1) if layer == name]
+        out = hold(name, output) if not live else output.clone() if at else output
+        if at:
+            rows, numbers = map(list, zip(*at, strict=True))
+            out[rows, :, numbers] = change(name, numbers)[:, -out.shape[1] :].to(out.dtype)  # of the tokens that ask
         return out
 
     return edit

@@ -33,4 +33,4 @@ def unfrozen_patching(bench: Bench) -> dict[str, Tensor]:
 
 def corrupt_output(run: Run) -> Change:
     """The change that puts a head's output in the corrupt run in place of its clean one, at every position."""
-    return lambda name, _rows, heads: run.corrupt[name][:, heads].transpose(0, 1)
+    return lambda name, heads: run.corrupt[name][:, heads].transpose(0, 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hydrasurgery.calibration import LastAttention, LinearFit, linear_head
 from hydrasurgery.evaluation.tasks import Pair
@@ -32,19 +33,20 @@ def _swap(bench: Bench, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[s
     fits = bench.fits
     with LastAttention(bench.taps) as last:
 
-        def change(name: str, rows: list[int], heads: list[int]) -> Tensor:
-            return stand_in(last, fits[name], rows, heads)
+        def change(name: str, heads: list[int]) -> Tensor:  # in front of its change every row is row 0
+            return stand_in(last, fits[name], [0] * len(heads), heads)
 
         return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True, lost=lost), whole=True)
 
 
 def stand_in(last: LastAttention, fit: LinearFit, rows: list[int], heads: list[int]) -> Tensor:
-    """gamma * RMSNorm(linear attention) of some heads in some rows of the latest attention: [N, T, V]."""
+    """gamma * RMSNorm(linear attention) of some heads in some rows of the latest attention: [N, T, V] of its queries."""
     shared = [head * last.k.shape[1] // last.q.shape[1] for head in heads]
     q, k, v = last.q[rows, heads], last.k[rows, shared], last.v[rows, shared]
     q, k, v = (x.transpose(0, 1)[None].float() for x in (l2_norm(q), l2_norm(k), v))  # [1, T, N, K]
+    q = F.pad(q, (0, 0, 0, 0, k.shape[1] - q.shape[1], 0))
     out = linear_head(q, k, v, fit.half_life[heads], fit.beta[heads]) * fit.gamma[heads, None]
-    return torch.movedim(out[0], 1, 0)
+    return torch.movedim(out[0, -last.q.shape[2] :], 1, 0)
 
 
 @dataclass(frozen=True)
