@@ -500,6 +500,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
                 key = _shape_key(owner, kwargs)
                 if key not in cuts:
                     cuts[key] = _export(name, owner, kwargs)
+                    raise_attention(name, cuts[key][0])
                 regions.append(_region(name, owner, *cuts[key]))
     finally:
         for module, mode in training.items():
@@ -565,7 +566,8 @@ def _export(name: str, owner: nn.Module, kwargs: dict[str, Any]) -> tuple[fx.Gra
             if dynamic:
                 sizes[leaf] = dynamic
     try:
-        with torch.no_grad():
+        # Fake tensors are remembered for a second trace, which does not come: a third of the time.
+        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             root = _OneArgument(owner).eval()
             shapes = sizes.dynamic_shapes(root, (kwargs,))
             program = torch.export.export(root, (kwargs,), strict=False, dynamic_shapes=shapes)
@@ -719,8 +721,6 @@ def _shape(node: fx.Node) -> tuple[str | int, ...] | None:
 def _region(name: str, owner: nn.Module, graph: fx.Graph, inputs: Inputs) -> Region:
     graph = copy.deepcopy(graph)
     module = RegionModule(owner, graph, inputs)
-    raise_attention(name, graph)
-    module.graph = graph
     node = next(n for n in graph.nodes if n.target == ATTENTION)
     q, k, v = (a.meta["shape"] for a in node.args[:3])
     if q[3] != v[3]:
