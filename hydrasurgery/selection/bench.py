@@ -205,6 +205,8 @@ class Bench:
         """
         heads = self.heads(run) if heads is None else heads
         size = self.rows if len(run.positions) == len(run.asked) else min(self.rows, self.batch_size)
+        if run.start:  # a row holds keys and values of the whole prompt, and all else of the tokens that run
+            size = 2 * size * len(run.ids) // (len(run.ids) + len(run.positions))
         joined = live and self.joins
         for start in range(0, len(heads), size):
             batch = heads[start : start + size]
