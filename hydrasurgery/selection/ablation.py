@@ -28,7 +28,7 @@ def mean_ablation(bench: Bench) -> dict[str, Tensor]:
     def change(name: str, heads: list[int]) -> Tensor:
         return means[name][heads][:, None]
 
-    return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True), whole=True)
+    return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True), live=True)
 
 
 def mean_outputs(bench: Bench) -> dict[str, Tensor]:

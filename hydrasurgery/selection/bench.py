@@ -59,7 +59,7 @@ class Run:
     """What a pair's clean and corrupt run leave behind at `positions`, the tokens a replay runs on.
 
     `clean` and `corrupt` are head outputs by layer, [P, H, D]; the logits are [A, vocabulary]; `asked` [A] are the
-    places of the answer in `positions`. Of whole prompts two more things of the clean run are kept, by layer: `attended`,
+    places of the answer in `positions`. For live replays two more things of the clean run are kept, by layer: `attended`,
     the keys, values and mask of its attention, and `leaving`, what its block gave (hidden states [1, P, C], or a tuple
     that begins with them). `positions` may then begin behind a `start`: the tokens in front are attended to.
     """
@@ -113,7 +113,7 @@ class Bench:
         """Whether a frozen replay on the answer's tokens alone gives the logits of the whole prompt."""
         if not self.pairs:
             return True
-        run = self._observe(self.pairs[:1], whole=False)[0]
+        run = self._observe(self.pairs[:1])[0]
         error = (self.replay(run, 1, frozen(run, 1))[0] - run.clean_logits).abs().max()
         tolerance = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
         if error <= tolerance * run.clean_logits.abs().max():
@@ -137,7 +137,7 @@ class Bench:
         """Whether rows may join a replay at a block, and answer tokens leave it alone: tried, and the logits compared."""
         if not (self.blocks and self.local):
             return False
-        names, run = list(self.taps), self._observe(self.pairs[:1], whole=True)[0]
+        names, run = list(self.taps), self._observe(self.pairs[:1], live=True)[0]
         heads = [(names[len(names) // 2], 0), (names[-1], 0)]
         return self._agrees(run, lambda: self._replay_joined(run, heads, lambda _name, output: output))
 
@@ -158,13 +158,14 @@ class Bench:
         """Numbers of the pairs that `measure` has given effects of."""
         return [number for number in range(len(self.pairs)) if number not in self.dropped]
 
-    def runs(self, *, whole: bool = False) -> Iterator[tuple[Pair, Run]]:
-        """Each usable pair with its recorded run, at every position if `whole`, else where a frozen replay needs it."""
+    def runs(self, *, whole: bool = False, live: bool = False) -> Iterator[tuple[Pair, Run]]:
+        """Each usable pair with its recorded run: where a frozen replay needs it, or at every position (`whole`), and with
+        what shortens live replays (`live`)."""
         if self._passes:
             self.advance(0, len(self.pairs))
         whole = whole or not self.local
         for start, group in _batches(self.pairs, self.batch_size):
-            for number, (pair, run) in enumerate(zip(group, self._observe(group, whole), strict=True), start):
+            for number, (pair, run) in enumerate(zip(group, self._observe(group, whole, live), strict=True), start):
                 reason = _unusable(pair, run)
                 if reason:
                     self.dropped[number] = f"pair {number}: {reason}"
@@ -173,14 +174,16 @@ class Bench:
             self.advance(len(group), 0)
         self._passes += 1
 
-    def measure(self, score: Callable[[Pair, Run], Mapping[str, Tensor]], *, whole: bool = False) -> dict[str, Tensor]:
-        """Stack each usable pair's scores: layer name -> [P, H] fp32 on the CPU.
+    def measure(
+        self, score: Callable[[Pair, Run], Mapping[str, Tensor]], *, whole: bool = False, live: bool = False
+    ) -> dict[str, Tensor]:
+        """Stack each usable pair's scores: layer name -> [P, H] fp32 on the CPU; `whole` and `live` as in `runs`.
 
         Raises:
             ProbeError: no pair can be used.
         """
         found: dict[str, list[Tensor]] = {}
-        for pair, run in self.runs(whole=whole):
+        for pair, run in self.runs(whole=whole, live=live):
             for name, values in score(pair, run).items():
                 found.setdefault(name, []).append(values.detach().float().cpu())
         if not found:
@@ -286,7 +289,7 @@ class Bench:
     def resumes(self) -> bool:
         """Whether a live replay may start behind recorded keys and values: tried on a pair, and the logits compared."""
         pair = next((p for p in self.pairs if torch.equal(p.clean_ids[:1], p.corrupt_ids[:1])), self.pairs[0])
-        run = self._observe([pair], whole=True)[0]
+        run = self._observe([pair], live=True)[0]
         later = self._resumed(pair, run)
         return self._agrees(run, lambda: self.replay(later, 1, lambda _name, output: output))
 
@@ -322,8 +325,9 @@ class Bench:
         """Logits [B, 1, vocabulary] behind prompts [B, T], taps running."""
         return _logits(self.model, ids, torch.tensor([ids.shape[1] - 1]))
 
-    def _observe(self, pairs: Sequence[Pair], whole: bool) -> list[Run]:
-        """Run the clean and the corrupt prompts of pairs of one shape, and keep what a replay needs."""
+    def _observe(self, pairs: Sequence[Pair], whole: bool = False, live: bool = False) -> list[Run]:
+        """Run the clean and the corrupt prompts of pairs of one shape, and keep what a replay needs; as in `runs`."""
+        whole = whole or live
         device = next(self.model.parameters()).device
         ids = torch.stack([pair.clean_ids for pair in pairs] + [pair.corrupt_ids for pair in pairs]).to(device)
         asked = torch.stack([pair.answer_positions for pair in pairs]).to(device)
@@ -335,7 +339,7 @@ class Bench:
         def keep(name: str, last: LastAttention, output: Tensor) -> None:
             at = positions.repeat(2, 1).to(output.device)
             kept[name] = output[torch.arange(len(at), device=output.device)[:, None], at]
-            if whole:
+            if live:
                 attended[name] = last.k[: len(pairs)].clone(), last.v[: len(pairs)].clone(), last.mask
 
         def leave(name: str) -> Callable[..., None]:
@@ -347,7 +351,7 @@ class Bench:
 
         with ExitStack() as stack:
             stack.enter_context(watch_taps(self.taps, keep))
-            for name, block in self.blocks.items() if whole else ():
+            for name, block in self.blocks.items() if live else ():
                 stack.callback(block.register_forward_hook(leave(name)).remove)
             needed = torch.unique(asked)
             logits = _logits(self.model, ids, needed)

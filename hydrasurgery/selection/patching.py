@@ -28,7 +28,7 @@ def unfrozen_patching(bench: Bench) -> dict[str, Tensor]:
         run = bench.from_change(pair, run)
         return effects(bench, pair, run, corrupt_output(run), live=True)
 
-    return bench.measure(score, whole=True)
+    return bench.measure(score, live=True)
 
 
 def corrupt_output(run: Run) -> Change:

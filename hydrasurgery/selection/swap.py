@@ -36,7 +36,7 @@ def _swap(bench: Bench, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[s
         def change(name: str, heads: list[int]) -> Tensor:  # in front of its change every row is row 0
             return stand_in(last, fits[name], [0] * len(heads), heads)
 
-        return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True, lost=lost), whole=True)
+        return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True, lost=lost), live=True)
 
 
 def stand_in(last: LastAttention, fit: LinearFit, rows: list[int], heads: list[int]) -> Tensor:
