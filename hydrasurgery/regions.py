@@ -501,6 +501,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
                 if key not in cuts:
                     cuts[key] = _export(name, owner, kwargs)
                     raise_attention(name, cuts[key][0])
+                    _free_dtype(*cuts[key])
                 regions.append(_region(name, owner, *cuts[key]))
     finally:
         for module, mode in training.items():
@@ -716,6 +717,23 @@ def _shape(node: fx.Node) -> tuple[str | int, ...] | None:
         return {BATCH: "B", LENGTH: "T"}.get(hint, str(size))
 
     return tuple(map(name, value.shape))
+
+
+def _free_dtype(graph: fx.Graph, inputs: Inputs) -> None:
+    """Cast q and k, where v is not cast, to the dtype of the hidden states, which need not stay that of the capture.
+
+    A rotary embedding in full precision ends with `q.to(dtype)`, of which an exported graph has the number alone.
+    """
+    attention = next(n for n in graph.nodes if n.target == ATTENTION)
+    q, k, v = attention.args[:3]
+    casts = {x for x in (q, k) if x.target == torch.ops.aten.to.dtype}
+    if casts and v.target != torch.ops.aten.to.dtype:
+        source = next(n for n in graph.nodes if n.target == inputs.source)
+        with graph.inserting_after(source):
+            dtype = graph.call_function(getattr, (source, "dtype"))
+        dtype.meta["shape"] = ()
+        for cast in casts:
+            cast.update_arg(1, dtype)
 
 
 def _region(name: str, owner: nn.Module, graph: fx.Graph, inputs: Inputs) -> Region:

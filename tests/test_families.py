@@ -58,6 +58,18 @@ def hybrid(request: pytest.FixtureRequest) -> torch.nn.Module:
     return make_hybrid(request.param)
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo2", "olmo3", "cohere", "cohere2", "ernie4_5"])
+@pytest.mark.parametrize(("made", "run"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@torch.no_grad()
+def test_a_hybrid_runs_in_another_dtype_than_it_was_made_in(family: str, made: torch.dtype, run: torch.dtype) -> None:
+    model = tiny(family).to(made)
+    expected = copy.deepcopy(model).to(run)(IDS, use_cache=False).logits
+    stitched = hs.rewrite(copy.deepcopy(model), half_plan(model, ("full",) * 4)).to(run)
+    assert same(stitched(IDS, use_cache=False).logits, expected)
+    hybrid = hs.rewrite(model, half_plan(model)).to(run)
+    assert hybrid(IDS, use_cache=False).logits.dtype == run
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_capture_stitch_restore_are_bit_exact(family: str) -> None:
     model = tiny(family)

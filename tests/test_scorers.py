@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from hydrasurgery.calibration import LastAttention, watch_taps
 from hydrasurgery.errors import PlanError, ProbeError
@@ -15,12 +16,26 @@ from hydrasurgery.selection.attention import attention_at
 from hydrasurgery.selection.bench import open_bench, readout
 from hydrasurgery.selection.scorers import CAUSAL, SCORERS
 from hydrasurgery.transfer.start import calibrate
-from tests.families import tiny
+from tests.families import FusedAttention, GroupedAttention, PlainDecoder, tiny
 from tests.planted import HEADS, LAYERS, Planted, planted_pairs
 from tests.test_selection import OneLinearLayer, Recorder, answered_pairs, measured, tiny_model
 
 SEEDS = (0, 1, 2)
 THROUGH = ("activation-patching-unfrozen", "path-patching", "mean-ablation")  # they see the carrier of the value too
+
+
+class OutputGate(GroupedAttention):
+    """A gate on what the heads give, as wide as they are."""
+
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+        self.gate = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        gate = self.gate(x)
+        q, k, v = (w(x).unflatten(-1, (-1, self.dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).flatten(2) * gate.sigmoid())
 
 
 def ranking(model, pairs, method):
@@ -355,6 +370,7 @@ def test_the_same_seed_gives_the_same_plan_file_byte_for_byte(tmp_path):
     assert files[0] == files[1]
 
 
+LIVE = ("activation-patching-unfrozen", "mean-ablation", "swap")
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3_text", "mistral", "gpt_neox", "opt", "cohere", "phi", "mixtral"]
 
 
@@ -366,9 +382,36 @@ def test_what_is_in_front_of_a_change_is_run_once(family):
     with open_bench(model, [pair], batch_size=3) as bench:
         assert bench.joins
         assert bench.resumes
-        joined = SCORERS["activation-patching-unfrozen"](bench)
+        joined = [SCORERS[method](bench) for method in LIVE]
         assert not any("forward" in vars(block) for block in bench.blocks.values())
         bench.joins = bench.resumes = False
-        whole = SCORERS["activation-patching-unfrozen"](bench)
-    for name, values in whole.items():
-        torch.testing.assert_close(joined[name], values, atol=1e-4, rtol=1e-3)
+        whole = [SCORERS[method](bench) for method in LIVE]
+    for found, expected in zip(joined, whole, strict=True):
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attention", [GroupedAttention, FusedAttention, OutputGate])
+@torch.no_grad()
+def test_rows_that_join_at_the_tap_are_rows_of_the_whole_attention(attention):
+    torch.manual_seed(0)
+    model, x = PlainDecoder(attention), torch.randn(2, 7, 32)
+    other = torch.randn(3, 7, 4, 8)  # of the new rows
+
+    def replace(_tap, _args, output):
+        return torch.cat([output[:2], other])
+
+    with head_taps(model) as taps:
+        module = model.attention[0]
+        with taps["attention.0"].register_forward_hook(replace):
+            joined, whole = module(x), module(torch.cat([x, x[:1].expand(3, -1, -1)]))
+    torch.testing.assert_close(joined, whole)
+
+
+@torch.no_grad()
+def test_keys_and_hidden_states_are_kept_for_live_replays_alone():
+    model = tiny_model()
+    with open_bench(model, answered_pairs(model, 1)) as bench:
+        for options, live in (({}, False), ({"whole": True}, False), ({"live": True}, True)):
+            (_, run), *_ = bench.runs(**options)
+            assert (bool(run.attended), bool(run.leaving)) == (live, live)
