@@ -865,7 +865,9 @@ def _put_tap(graph: fx.Graph, attention: fx.Node) -> None:
         used = [user for user in nodes[place + 1 :] if node in user.all_input_nodes]
         if used and (size or (node.meta.get("shape") or ())[:1] == ("B",)):
             with graph.inserting_after(tap):
-                follower = graph.call_function(node.target, (tap, 0)) if size else graph.call_function(_grow, (node, tap))
+                follower = (
+                    graph.call_function(node.target, (tap, 0)) if size else graph.call_function(_grow, (node, tap))
+                )
             for user in used:
                 user.replace_input_with(node, follower)
 

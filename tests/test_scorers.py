@@ -13,7 +13,8 @@ from hydrasurgery.regions import HeadTap, head_taps
 from hydrasurgery.rewrite import rewrite
 from hydrasurgery.selection import METHODS, fuse_scores, score_heads, swap_check
 from hydrasurgery.selection.attention import attention_at
-from hydrasurgery.selection.bench import open_bench, readout
+from hydrasurgery.selection.bench import open_bench
+from hydrasurgery.selection.effects import readout
 from hydrasurgery.selection.scorers import CAUSAL, SCORERS
 from hydrasurgery.transfer.start import calibrate
 from tests.families import FusedAttention, GroupedAttention, PlainDecoder, tiny

@@ -18,7 +18,8 @@ from hydrasurgery.evaluation.tasks import KEY_TOKENS, VALUE_TOKENS, Pair
 from hydrasurgery.layers import l2_norm
 from hydrasurgery.plan import plan_heads
 from hydrasurgery.selection import HeadScores, score_heads
-from hydrasurgery.selection.bench import open_bench, readout
+from hydrasurgery.selection.bench import open_bench
+from hydrasurgery.selection.effects import readout
 from hydrasurgery.selection.scorers import SCORERS
 
 LENGTH, VOCABULARY = 14, 48

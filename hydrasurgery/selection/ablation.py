@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.selection.bench import Bench, Edit, Run, effects, open_bench
+from hydrasurgery.selection.bench import Bench, Edit, Run, open_bench
+from hydrasurgery.selection.effects import effects
 from hydrasurgery.selection.scores import HeadScores
 
 

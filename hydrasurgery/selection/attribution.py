@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.selection.bench import Bench, Run, effects, readout, top_heads, whole_effect
+from hydrasurgery.selection.bench import Bench, Run
+from hydrasurgery.selection.effects import effects, readout, top_heads, whole_effect
 from hydrasurgery.selection.patching import corrupt_output
 
 VERIFIED = 1 / 8  # of all heads

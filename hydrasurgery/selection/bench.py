@@ -7,14 +7,13 @@ A replay is a forward in which every head's output may be read and changed. Two 
   tokens that predict the answer: exact, and thousands of times less work than whole prompts. A model to which this does
   not apply (a token mixer besides attention) is found out by comparing logits, and is replayed on whole prompts.
 - live: attention runs as it does, on a whole prompt or, behind recorded keys and values, from one of its tokens on. Where
-  one head a row is changed, a row joins the batch at the block of its head, blocks in front of all changed heads give what
-  they gave, and behind the last layer's heads the answer's tokens go on alone. Each of these is tried on a pair first.
+  one head a row is changed, a row joins the batch behind the attention of its layer, blocks in front of all changed heads
+  give what they gave, and in the last layer the answer's tokens ask and go on alone. Each of these is tried on a pair first.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +38,8 @@ from hydrasurgery.calibration import (
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.regions import HeadTap, Region, head_taps, regions
+from hydrasurgery.selection.effects import whole_effect
 
-DISCOUNT = 0.9
 FIT_TOKENS, FIT_SEQUENCES = 2048, 4  # what the linear stand-ins are fitted on
 
 Taps = dict[str, HeadTap]
@@ -88,7 +87,7 @@ class Bench:
     Attributes:
         dropped: A sentence for each pair that cannot be used, by its number; known after the first `runs`.
         seed: For scorers that draw.
-        rows: Changed heads that are replayed together (at most `batch_size` of them on whole prompts).
+        rows: Changed heads that are replayed together (on whole prompts at most `batch_size`, behind a start a few more).
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class Bench:
 
     @cached_property
     def joins(self) -> bool:
-        """Whether rows may join a replay at a block, and answer tokens leave it alone: tried, and the logits compared."""
+        """Whether rows may join a replay at a tap, and answer tokens leave it alone: tried, and the logits compared."""
         if not (self.blocks and self.local):
             return False
         names, run = list(self.taps), self._observe(self.pairs[:1], live=True)[0]
@@ -402,61 +401,6 @@ def changed(run: Run, heads: Sequence[Head], change: Change, *, live: bool) -> E
         return out
 
     return edit
-
-
-def readout(logits: Tensor, pair: Pair) -> Tensor:
-    """m(x) of eq. 9: logits [..., A, vocabulary] -> [...] in fp32, the answer's lead over the distractor."""
-    answer, distractor = (ids.to(logits.device) for ids in (pair.answer_ids, pair.distractor_ids))
-    at = torch.arange(len(answer), device=logits.device)
-    lead = logits[..., at, answer].float() - logits[..., at, distractor].float()
-    weight = DISCOUNT ** at.float()
-    return (lead * weight).sum(-1) / weight.sum()
-
-
-def whole_effect(pair: Pair, run: Run) -> Tensor:
-    """m(x) - m(x'), the denominator of eq. 10."""
-    return readout(run.clean_logits, pair) - readout(run.corrupt_logits, pair)
-
-
-def effects(
-    bench: Bench,
-    pair: Pair,
-    run: Run,
-    change: Change,
-    *,
-    live: bool,
-    heads: Sequence[Head] | None = None,
-    lost: Callable[[Tensor, Pair], Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """What each changed head costs, layer name -> [H]; 0 for heads that are not in `heads`.
-
-    `lost(logits [1 + N, A, V], pair)` -> [N] says what a change costs against row 0; by default eq. 10, the share of
-    the corruption's whole effect on the readout.
-    """
-    whole = whole_effect(pair, run)
-
-    def share(logits: Tensor, pair: Pair) -> Tensor:
-        scores = readout(logits, pair)
-        return (scores[0] - scores[1:]) / whole
-
-    found = {name: torch.zeros(run.clean[name].shape[1]) for name in bench.taps}
-    for batch, logits in bench.sweep(run, change, live=live, heads=heads):
-        for (name, head), effect in zip(batch, (lost or share)(logits, pair).float().cpu(), strict=True):
-            found[name][head] = effect
-    return found
-
-
-def divergence(logits: Tensor, _pair: Pair) -> Tensor:
-    """KL(row 0 || row r) in nats, the mean over the answer's positions: logits [1 + N, A, V] -> [N]."""
-    own = logits.float().log_softmax(-1)
-    return (own[:1].exp() * (own[:1] - own[1:])).sum(-1).mean(-1)
-
-
-def top_heads(values: Mapping[str, Tensor], share: float) -> list[Head]:
-    """The given share (rounded up) of heads with the largest values, layer name -> [H]; the first of equals."""
-    heads = [(name, head) for name, row in values.items() for head in range(len(row))]
-    heads.sort(key=lambda at: -float(values[at[0]][at[1]]))
-    return heads[: math.ceil(share * len(heads))]
 
 
 def _unusable(pair: Pair, run: Run) -> str | None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.regions import region_modules
-from hydrasurgery.selection.bench import Bench, Run, frozen, readout
+from hydrasurgery.selection.bench import Bench, Run, frozen
+from hydrasurgery.selection.effects import readout
 
 
 def logit_contribution(bench: Bench) -> dict[str, Tensor]:

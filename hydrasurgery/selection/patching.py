@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.selection.bench import Bench, Change, Run, effects
+from hydrasurgery.selection.bench import Bench, Change, Run
+from hydrasurgery.selection.effects import effects
 
 
 def activation_patching(bench: Bench) -> dict[str, Tensor]:

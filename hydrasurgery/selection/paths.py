@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.selection.bench import Bench, Head, Run, frozen, readout, whole_effect
+from hydrasurgery.selection.bench import Bench, Head, Run, frozen
+from hydrasurgery.selection.effects import readout, whole_effect
 from hydrasurgery.selection.patching import activation_patching
 from hydrasurgery.selection.scores import CRITICAL
 

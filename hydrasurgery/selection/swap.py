@@ -16,7 +16,8 @@ from hydrasurgery.calibration import LastAttention, LinearFit, linear_head
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.layers import l2_norm
 from hydrasurgery.plan import Plan
-from hydrasurgery.selection.bench import Bench, Edit, Run, divergence, effects, open_bench, readout
+from hydrasurgery.selection.bench import Bench, Edit, Run, open_bench
+from hydrasurgery.selection.effects import divergence, effects, readout
 
 
 def swap(bench: Bench) -> dict[str, Tensor]:

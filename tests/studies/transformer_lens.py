@@ -19,7 +19,7 @@ import torch
 from hydrasurgery.demo.teacher import SHIPPED, load_teacher
 from hydrasurgery.evaluation import needle_pairs
 from hydrasurgery.selection import score_heads
-from hydrasurgery.selection.bench import readout
+from hydrasurgery.selection.effects import readout
 
 
 @torch.no_grad()
