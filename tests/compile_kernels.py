@@ -1,0 +1,217 @@
+"""Compiles every Triton kernel for GPUs, without one: `env -u TRITON_INTERPRET python -m tests.compile_kernels`.
+
+Triton's interpreter, which the other tests use, sees no types: a variable that is bf16 in one branch and fp32 in the other is an
+error to the compiler alone. Here the modules' own `forward` and `backward` are called on meta tensors. Triton asks a hook before it
+compiles what they launch; the hook notes each request and lets nothing run. Then what was noted is compiled, each request once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from hydrasurgery import kernels
+from hydrasurgery.bench.cases import DECODE, Layer
+from hydrasurgery.kernels.attention import triton as attention
+from hydrasurgery.kernels.causal_conv import triton as conv
+from hydrasurgery.kernels.decode_step import triton as decode
+from hydrasurgery.kernels.linear_attention import triton as linear
+from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
+
+# By compute capability, the last stage of the compiler that is run: "ttir" checks types, "llir" also finds the shared memory.
+STAGES = {90: "llir", 80: "ttir"}
+SHARED = 227 << 10  # bytes that a program may have on 9.0
+DTYPES = torch.bfloat16, torch.float32
+
+
+# --- what is compiled: calls in the place of a user's, on meta tensors -------------------------------------------------------
+
+
+def linear_attention() -> None:
+    half, single = DTYPES
+    sizes = [(half, 64, 64), (half, 128, 128), (half, 256, 256), (half, 64, 128), (single, 64, 64), (single, 128, 128)]
+    for (dtype, keys, values), packed in product(sizes, (False, True)):
+        q, k, v = (torch.empty(1, 512, 2, size, dtype=dtype) for size in (keys, keys, values))
+        decay, beta = torch.empty(1, 512, 2), torch.empty(1, 512, 2, dtype=dtype)
+        given = q, k, v, decay, beta, torch.empty(1, 2, keys, values)
+        documents = torch.empty(2, dtype=torch.int32) if packed else None
+        options = {"cu_seqlens": documents, "l2_norm": packed, "segment": 128}
+        linear.backward(*linear.forward(*given, **options), *given, **options)
+
+
+def scale_norm_fusion() -> None:
+    for dtype, norm_full, width, (full, of_linear) in product(
+        DTYPES, (False, True), (None, 1, 64), ((2, 0), (0, 2), (2, 2), (40, 60))
+    ):
+        o_full, o_linear = (torch.empty(1, 100, n, 64, dtype=dtype) if n else None for n in (full, of_linear))
+        gate = torch.empty(1, 100, of_linear, width, dtype=dtype) if width and of_linear else None
+        given = o_full, o_linear, torch.empty(full + of_linear if norm_full else of_linear), gate
+        options = {"linear_heads": range(of_linear), "norm_full": norm_full, "eps": 1e-6}
+        fusion.backward(fusion.forward(*given, **options), *given, **options)
+
+
+def decode_step() -> None:
+    flags = dict.fromkeys(("valid", "reset"), torch.empty(1, dtype=torch.bool))
+    plain = {"gate": None, "A_log": None, "dt_bias": None, "conv_weights": (), "conv_states": ()}
+    for dtype, dim, change in product(DTYPES, (64, 128), ({}, flags, plain)):
+        given = DECODE.inputs(Layer(linear=2, dim=dim), 1, torch.device("meta"), dtype)
+        decode.forward(**given | change, scale=None, eps=1e-6)
+
+
+def attention_of_one_query() -> None:
+    for dtype, mask in product(DTYPES, (None, torch.bool, torch.float32)):
+        q, k, v = (torch.empty(1, *shape, 128, dtype=dtype) for shape in ((4, 1), (2, 1000), (2, 1000)))
+        if mask is None:
+            attention.forward(q, k, v, None, torch.empty(4), scale=None, causal=True, window=70, softcap=5.0)
+        else:
+            seen = torch.empty(1, 1, 1, 1000, dtype=mask)
+            attention.forward(q, k, v, seen, None, scale=None, causal=True, window=None, softcap=None)
+
+
+def causal_conv() -> None:
+    for dtype, with_state, with_reset in product(DTYPES, (False, True), (False, True)):
+        x, weight = torch.empty(2, 70, 48, dtype=dtype), torch.empty(48, 4, dtype=dtype)
+        state = torch.empty(2, 48, 3, dtype=dtype) if with_state else None
+        reset = torch.empty(2, 70, dtype=torch.bool) if with_reset else None
+        conv.backward(*conv.forward(x, weight, state, reset), x, weight, state, reset)
+
+
+CALLS: tuple[Callable[[], None], ...] = (
+    linear_attention,
+    scale_norm_fusion,
+    decode_step,
+    attention_of_one_query,
+    causal_conv,
+)
+
+
+# --- how -----------------------------------------------------------------------------------------------------------------------
+
+
+class Card(DriverBase):
+    """All that Triton asks of a machine until a kernel is loaded. The device's number is its compute capability."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def _no_machine(self, *_: object) -> Any:
+        raise RuntimeError("there is no GPU here: kernels are compiled, not run")
+
+    get_active_torch_device = get_benchmarker = map_python_to_cpp_type = _no_machine
+
+
+class Request(NamedTuple):
+    """A kernel to compile for a card: its module and name, and Triton's own account of types and constants, in JSON."""
+
+    capability: int
+    module: str
+    name: str
+    specialization: str
+
+    @property
+    def kernel(self) -> triton.JITFunction:
+        return getattr(sys.modules[self.module], self.name)
+
+    def __str__(self) -> str:
+        found = json.loads(self.specialization)
+        names = (self.kernel.arg_names[place] for (place,) in found["constant_keys"])
+        constants = ", ".join(f"{name}={value}" for name, value in zip(names, found["constant_vals"], strict=True))
+        return f"{self.module}:{self.name}[{constants}] for {self.capability / 10}"
+
+
+def requests(capability: int) -> list[Request]:
+    """What `CALLS` would have compiled on such a card."""
+    noted: dict[Request, None] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        noted[Request(capability, fn.module, fn.name, compile["specialization_data"])] = None
+        return True  # True: neither compile nor launch
+
+    driver.set_active(Card(capability))
+    linear._holds_maps = lambda device: capability == 90
+    triton.knobs.runtime.jit_cache_hook = note
+    with torch.device("meta"):
+        for call in CALLS:
+            call()
+    triton.knobs.runtime.jit_cache_hook = None
+    return list(noted)
+
+
+def failure(request: Request) -> str | None:
+    """The compiler's message, if it has one."""
+    last = STAGES[request.capability]
+
+    def nothing(module: object, metadata: dict[str, Any]) -> bytes:
+        metadata.update({"name": request.name, "shared": 0} | metadata)
+        return b""
+
+    def end(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
+        """Triton's hook, called twice: with the stages, to change them; bare, for what the cache's key has to add."""
+        if stages is not None:
+            names = list(stages)
+            stages.update(dict.fromkeys(names[names.index(last) + 1 :], nothing))
+        return last, last
+
+    driver.set_active(Card(request.capability))
+    triton.knobs.runtime.add_stages_inspection_hook = end
+    try:
+        shared = request.kernel.preload(request.specialization).metadata.shared
+    except Exception as error:  # whatever it is, it is the kernel's
+        return f"{type(error).__name__}: {error}"
+    return f"{shared} bytes of shared memory, of {SHARED}" if shared > SHARED else None
+
+
+def forgotten(noted: list[Request]) -> list[str]:
+    """Kernels that no call launched. A function of Triton's that another one calls is a part of that."""
+    launched = {(request.module, request.name) for request in noted}
+    found = []
+    for path in sorted(Path(kernels.__path__[0]).glob("*/triton.py")):
+        module = importlib.import_module(f"{kernels.__name__}.{path.parent.name}.triton")
+        functions = [x for x in vars(module).values() if isinstance(x, triton.JITFunction)]
+        for name in (function.__name__ for function in functions):
+            inner = any(x.__name__ != name and re.search(rf"\b{name}\(", x.src) for x in functions)
+            if not inner and (module.__name__, name) not in launched:
+                found.append(f"{module.__name__}:{name}: no call here launches it")
+    return found
+
+
+def main() -> None:
+    noted = [request for capability in STAGES for request in requests(capability)]
+    failures = forgotten(noted)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        for request, message in zip(noted, pool.map(failure, noted), strict=True):
+            if message is not None:
+                failures.append(f"{request}\n{message}")
+    print(*failures, f"{len(noted)} compilations, {len(failures)} failures", sep="\n\n")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
