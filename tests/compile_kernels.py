@@ -65,11 +65,12 @@ def scale_norm_fusion() -> None:
 
 
 def decode_step() -> None:
-    flags = dict.fromkeys(("valid", "reset"), torch.empty(1, dtype=torch.bool))
-    plain = {"gate": None, "A_log": None, "dt_bias": None, "conv_weights": (), "conv_states": ()}
-    for dtype, dim, change in product(DTYPES, (64, 128), ({}, flags, plain)):
+    flags: dict[str, Any] = dict.fromkeys(("valid", "reset"), torch.empty(1, dtype=torch.bool))
+    plain: dict[str, Any] = {"gate": None, "A_log": None, "dt_bias": None, "conv_weights": (), "conv_states": ()}
+    for dtype, dim in product(DTYPES, (64, 128)):
         given = DECODE.inputs(Layer(linear=2, dim=dim), 1, torch.device("meta"), dtype)
-        decode.forward(**given | change, scale=None, eps=1e-6)
+        for change in ({}, flags, plain):
+            decode.forward(**given | change, scale=None, eps=1e-6)
 
 
 def attention_of_one_query() -> None:
@@ -204,13 +205,16 @@ def forgotten(noted: list[Request]) -> list[str]:
 
 def main() -> None:
     noted = [request for capability in STAGES for request in requests(capability)]
-    failures = forgotten(noted)
+    failures: dict[tuple[str, str, str], list[Request]] = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         for request, message in zip(noted, pool.map(failure, noted), strict=True):
             if message is not None:
-                failures.append(f"{request}\n{message}")
-    print(*failures, f"{len(noted)} compilations, {len(failures)} failures", sep="\n\n")
-    sys.exit(bool(failures))
+                failures.setdefault((request.module, request.name, message), []).append(request)
+    missing = forgotten(noted)
+    for (_, _, message), alike in failures.items():
+        print(f"{alike[0]}, and {len(alike) - 1} more:\n{message}\n")
+    print(*missing, f"{len(noted)} compilations, {sum(map(len, failures.values()))} failures", sep="\n")
+    sys.exit(bool(failures or missing))
 
 
 if __name__ == "__main__":
