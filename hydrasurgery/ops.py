@@ -11,7 +11,6 @@ as it does for PyTorch's own attention.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -559,13 +558,9 @@ def _linear_attention(q, k, v, decay=None, beta=None, state=None, *, rule="gated
     with _full_precision(q):
         o, final, *kept = forward(*inputs, rule=rule, scale=scale)
     o = _exact(o)
-    _left.behind = (o, kept[0]) if kept else None
+    if kept:
+        o.kept = kept[0]  # for `_linear_attention_setup`
     return o, _exact(final)
-
-
-# An operator returns tensors whose number and sizes are known beforehand. What a forward finds out on the way, and its backward can
-# use, goes from the one to the other beside it, where both run at once (not in a compiled graph, whose backward finds it again).
-_left = threading.local()
 
 
 @_linear_attention.register_fake
@@ -598,9 +593,10 @@ def _(grad_o, grad_state, kept, q, k, v, decay=None, beta=None, state=None, *, r
 
 
 def _linear_attention_setup(ctx, inputs, keyword_only_inputs, output):
-    behind, _left.behind = getattr(_left, "behind", None), None
-    kept = behind[1] if behind is not None and behind[0] is output[0] else ()
-    _save(ctx, (*inputs, *kept), keyword_only_inputs)
+    # An operator returns what is known beforehand. What a forward finds out on the way, and its backward can use, comes with its
+    # output object; no graph has it, and under a dispatch mode (selective checkpoints) an output may be another call's.
+    kept = vars(output[0]).pop("kept", ())
+    _save(ctx, (*inputs, *(() if torch._C._len_torch_dispatch_stack() else kept)), keyword_only_inputs)
     ctx.set_materialize_grads(False)  # Nobody needs the last state's gradient in training: kernels do without it.
 
 

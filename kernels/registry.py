@@ -23,9 +23,8 @@ from torch import Tensor
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOAT = HALF | {torch.float32}
-FEW_TOKENS = (
-    6144 * 14
-)  # times heads: up to here our forward is faster than FlashQLA's, which has parts that take 0.1 ms
+# Tokens times heads: up to here our forward is faster than FlashQLA's, parts of which take 0.1 ms however few they are.
+FEW_TOKENS = 6144 * 14
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,11 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Implementation:
-    """What one kernel can do. `module` has `forward` and, if that is a mode of it, `backward`, called as the reference's are."""
+    """What one kernel can do. `module` has `forward` and, if that is a mode of it, `backward`, called as the reference's are.
+
+    It may have `forward_keeping` too, a forward for training: what that returns third, a tuple of tensors, its `backward` takes as
+    `kept` and does not compute again.
+    """
 
     name: str
     module: str
@@ -158,6 +161,10 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
             Implementation(
                 "triton, wide", _here("linear_attention", "triton"), every, HALF,
                 {"K": range(129, 257), "V": range(1, 257)}, chunked, ampere, TRITON,
+            ),
+            Implementation(
+                "flash_qla, few tokens", _here("linear_attention", "flash_qla"), (FORWARD,), HALF,
+                {"K": (128,), "V": (128,)}, {"gated_delta", "state", "varlen", "few tokens"}, hopper, FLASH_QLA,
             ),
             Implementation(
                 "fla", _here("linear_attention", "fla"), forward, FLOAT,
@@ -331,7 +338,7 @@ def linear_attention_case(
 ) -> Case:
     """The case of a `hydra::linear_attention`; one token makes a forward a decode. `trains`: a backward follows."""
     batch, length, heads, keys = q.shape
-    mode = DECODE if mode == FORWARD and length == 1 else mode
+    mode = DECODE if mode == FORWARD and length == 1 and not trains else mode
     features = {
         rule: True,
         "decay by channel": decay is not None and decay.dim() == 4,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hydrasurgery import ops
 from hydrasurgery.kernels import registry
@@ -261,8 +262,8 @@ def test_what_a_forward_keeps_changes_no_bit_of_the_gradients(length, monkeypatc
 
 def test_autograd_hands_on_what_the_forward_keeps(monkeypatch):
     found = []
-    original = kernel._find
-    monkeypatch.setattr(kernel, "_find", lambda *call: found.append(call) or original(*call))
+    original = kernel._find_basis
+    monkeypatch.setattr(kernel, "_find_basis", lambda *call: found.append(call) or original(*call))
     monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
     args = [x.requires_grad_() for x in inputs(1, 70, 2, 64, 64)]
     grad, grad_state = weights(args)
@@ -272,3 +273,20 @@ def test_autograd_hands_on_what_the_forward_keeps(monkeypatch):
     wanted = truth(args, grad, grad_state)[2:]
     for each in gradients:
         compare([None, None, *each], [None, None, *wanted])
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "whole", "selective"])
+def test_checkpoints_change_no_gradient(kind, monkeypatch):
+    monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
+    args = [x.requires_grad_() for x in inputs(1, 70, 1, 64, 64, state=False)[:5]]
+
+    def loss(*args):
+        return ops.linear_attention(*args)[0].sum()
+
+    options = {"use_reentrant": kind == "reentrant"}
+    if kind == "selective":
+        saved = [torch.ops.hydra.linear_attention.default]
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(saved)
+    wanted = torch.autograd.grad(loss(*args), args)
+    checkpoint(loss, *args, **options).backward()
+    assert all(torch.equal(x.grad, want) for x, want in zip(args, wanted, strict=True))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hydrasurgery import ops
+from hydrasurgery.kernels.attention import efficient
 from hydrasurgery.kernels.attention import reference as attention_kernel
 from hydrasurgery.kernels.linear_attention import reference as linear_kernel
 from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, naive
@@ -303,6 +304,20 @@ def test_a_query_without_keys_is_harmless(kind, options):
     grads = torch.autograd.grad(out[0, :2].sum(), [q, k, v], retain_graph=True)
     assert not any(grad.any() for grad in grads)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), [q, k, v]))
+
+
+@pytest.mark.parametrize("kind", ["bool", "lowest", "large", "infinite"])
+def test_a_mask_as_numbers_leaves_no_row_without_keys(kind):
+    """Such a row is NaN in PyTorch's memory-efficient kernels."""
+    seen = torch.rand(2, 1, 5, 13) < 0.5
+    seen[0, :, :2] = False
+    lowest = {"lowest": torch.finfo(torch.float32).min, "large": -1e9, "infinite": -torch.inf}
+    mask = seen if kind == "bool" else torch.where(seen, 0.5, lowest[kind])
+    added, blind = efficient._bias(mask, torch.float16)
+    assert torch.equal(blind, ~seen.any(-1, keepdim=True))
+    assert torch.equal(added.isinf(), ~seen & ~blind)
+    assert (added[seen] == (0 if kind == "bool" else 0.5)).all()
+    assert not added[blind.expand_as(added)].any() and added.stride(2) % 8 == 0
 
 
 def test_no_later_key_changes_an_output():

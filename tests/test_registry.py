@@ -20,6 +20,7 @@ CPU = Machine("cpu", (0, 0), frozenset({TRITON, ("fla", "0.6.0"), ("flash_attn",
 BARE = Machine("cuda", (9, 0))
 HOPPER = Machine("cuda", (9, 0), frozenset({TRITON, ("fa3_fwd_interface", "0.0.3"), ("flash_qla", "0.1.3")}))
 AMPERE = Machine("cuda", (8, 0), HOPPER.packages | {("flash_attn", "2.8.3"), ("fla", "0.6.0")})
+NO_TRITON = Machine("cuda", (9, 0), HOPPER.packages - {TRITON})
 OLD = Machine("cuda", (7, 5), AMPERE.packages)
 WIDE = (("D", 128),)
 GDN = (("K", 128), ("V", 128))
@@ -57,6 +58,7 @@ TABLE = [
     ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta"), HOPPER, "flash_qla"),
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta"), HOPPER, "flash_qla"),
     ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "few tokens"), HOPPER, "triton"),
+    ("linear_attention", case(FORWARD, BF16, GDN, "gated_delta", "few tokens"), NO_TRITON, "flash_qla, few tokens"),
     ("linear_attention", case(BACKWARD, BF16, GDN, "gated_delta"), AMPERE, "triton"),
     ("linear_attention", case(FORWARD, FP32, (("K", 64), ("V", 256)), "gated_delta"), HOPPER, "triton"),
     ("linear_attention", case(FORWARD, BF16, (("K", 256), ("V", 256)), "gated_delta"), AMPERE, "triton, wide"),
@@ -72,13 +74,14 @@ TABLE = [
 ]
 
 
+@pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("machine", [CPU, BARE, HOPPER, AMPERE, OLD], ids="cpu bare hopper ampere old".split())
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32, FP64])
 @pytest.mark.parametrize("sizes", [*itertools.product((32, 128, 256), repeat=2)])
-def test_what_a_forward_keeps_is_read_by_the_backward_of_the_same_kernel(machine, dtype, sizes):
+def test_what_a_forward_keeps_is_read_by_the_backward_of_the_same_kernel(machine, dtype, sizes, length):
     pytest.importorskip("triton")
-    q, v = (torch.empty(1, 3, 2, size, dtype=dtype, device="meta") for size in sizes)
-    gate = torch.empty(1, 3, 2, device="meta")
+    q, v = (torch.empty(1, length, 2, size, dtype=dtype, device="meta") for size in sizes)
+    gate = torch.empty(1, length, 2, device="meta")
     forward, backward = (
         choose(
             "linear_attention",

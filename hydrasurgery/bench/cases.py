@@ -113,9 +113,9 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Out
 def _triton_training(inputs: Inputs) -> Outputs:
     from hydrasurgery.kernels.linear_attention import triton
 
-    *args, grad = (*(x.detach() for x in inputs.values()),)
-    o, _, kept = triton.forward_keeping(*args, None)
-    return o, *triton.backward(grad, None, *args, None, kept=kept)[:5]  # type: ignore[return-value]
+    q, k, v, decay, beta, grad = (x.detach() for x in inputs.values())
+    o, _, kept = triton.forward_keeping(q, k, v, decay, beta, None)
+    return o, *triton.backward(grad, None, q, k, v, decay, beta, None, kept=kept)[:5]  # type: ignore[return-value]
 
 
 def _exact_linear(inputs: Inputs) -> Outputs:

@@ -262,7 +262,7 @@ class Bench:
                 if name != last:
                     attention = self.model.get_submodule(name)
                     stack.enter_context(_entering(self.blocks[name], partial(join, name=name)))
-                    stack.enter_context(_entering(attention, lambda x, count=count: x[:-count]))
+                    stack.enter_context(_entering(attention, itemgetter(slice(None, -count))))
             stack.enter_context(_entering(self.blocks[last], enter))
             stack.callback(self.taps[last].register_forward_pre_hook(ask).remove)
             stack.enter_context(suppress(_Reached))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hydrasurgery.kernels.attention.reference import block_mask, blocks, repeat_heads
 
-SCORES = 1 << 27  # of a block
+ADDED = 1 << 27  # numbers of a block's mask
 aten = torch.ops.aten
 
 
@@ -27,13 +27,16 @@ def backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    """As `reference.backward`, without softcap and sinks."""
+    """As `reference.backward`, without softcap and sinks. Sums differ in the last bits from run to run, unless
+    `torch.use_deterministic_algorithms(True)`: PyTorch's kernel adds where it splits the keys."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     groups, times = k.shape[1], q.shape[1] // k.shape[1]
     keys, values = repeat_heads(k, times), repeat_heads(v, times)
     grad = grad.to(q.dtype).transpose(1, 2)
     dq = torch.zeros_like(q)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values))
-    for rows, cols in blocks(q, k, mask, causal, window, SCORES):
+    shared = q.shape[0] * q.shape[1] // (1 if mask is None else mask.shape[0] * mask.shape[1])
+    for rows, cols in blocks(q, k, mask, causal, window, ADDED * shared):
         seen = block_mask(rows, cols, q, k, mask, causal, window)
         shape = rows.stop - rows.start, cols.stop - cols.start
         if seen is None:
@@ -54,8 +57,8 @@ def backward(
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A mask as numbers to add, its rows 16 bytes apart, and which queries may attend to nothing: those are shown all keys."""
-    hidden = ~seen if seen.dtype == torch.bool else seen <= torch.finfo(seen.dtype).min / 2
-    blind = hidden.all(-1, keepdim=True)
     added = torch.zeros_like(seen, dtype=dtype) if seen.dtype == torch.bool else seen.to(dtype)
+    hidden = ~seen if seen.dtype == torch.bool else added <= torch.finfo(dtype).min / 2
+    blind = hidden.all(-1, keepdim=True)
     added = added.masked_fill(hidden, -torch.inf).masked_fill(blind, 0)
     return torch.nn.functional.pad(added, (0, -added.shape[-1] % 8))[..., : added.shape[-1]], blind

@@ -192,7 +192,7 @@ def blocks(
     """Blocks of queries, of at most `budget` scores, with the span of keys that any of them may see."""
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
-    step, offset = max(1, budget // (batch * heads * keys)), keys - queries
+    step, offset = max(1, budget // max(1, batch * heads * keys)), keys - queries
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         low, high = 0, keys

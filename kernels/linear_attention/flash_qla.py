@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CACHE = ("h0", "mt", "fallback_bwd", "num_warmup_bwd")  # fields of FlashQLA's CPCache, where one card is shared out
+CACHE = ("h0", "mt", "fallback_bwd", "num_warmup_bwd")  # fields of FlashQLA's CPCache
 
 
 def forward(
@@ -37,7 +37,8 @@ def forward_keeping(
     rule: str,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """`forward`, and what `backward` need not compute again: T, sums of decays, and where the card is shared out, first states."""
+    """`forward`, and what `backward` need not compute again: sums of decays, T, and where FlashQLA splits a sequence over the
+    card's processors, what it finds of the parts."""
     return _forward(q, k, v, decay, beta, state, scale, None, keeping=True)
 
 

@@ -91,7 +91,7 @@ def forward(
         segment: tokens in a segment, a multiple of 64; chosen from the shapes if None.
     """
     call = _Call.of(q, k, v, decay, beta, rule, scale, cu_seqlens, l2_norm, segment)
-    return _forward(call, state, "forward", q.shape[-1], v.shape[-1])[:2]
+    return _forward(call, state, q.shape[-1], v.shape[-1], keep=False)[:2]
 
 
 def forward_keeping(
@@ -108,18 +108,18 @@ def forward_keeping(
     """`forward`, and what `backward` need not compute again: 64 numbers a token and head in q's dtype and 4 in fp32, and the maps
     of segments."""
     call = _Call.of(q, k, v, decay, beta, rule, scale, None, False, None)
-    return _forward(call, state, "forward, keeping", q.shape[-1], v.shape[-1])
+    return _forward(call, state, q.shape[-1], v.shape[-1], keep=True)
 
 
 def _forward(
-    call: _Call, state: Tensor | None, name: str, keys: int, values: int
+    call: _Call, state: Tensor | None, keys: int, values: int, *, keep: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     state = call.filled(state)
     o, final = torch.empty_like(call.v, memory_format=torch.contiguous_format), call.states(call.docs)
-    with _Run(call, name) as run:
-        found = _find(run, state)
-        _walk(run, found, state, final, o=o)
-    return _cut(o, values), _cut(final, keys, values), tuple(x for x in found if x is not None)
+    with _Run(call, back=False, kept=keep) as run:
+        basis = _find_basis(run, state)
+        _walk(run, basis, state, final, o=o)
+    return _cut(o, values), _cut(final, keys, values), tuple(x for x in basis if x is not None)
 
 
 def backward(
@@ -147,11 +147,11 @@ def backward(
     states = q.new_empty(call.chunks, call.heads, call.keys, call.values)
     updates = q.new_empty(call.chunks, call.heads, CHUNK, call.values)
     dstates, errors, dfirst = torch.empty_like(states), torch.empty_like(updates), call.states(call.docs)
-    with _Run(call, "backward, kept" if kept else "backward") as run:
-        found = _Found(*kept) if kept else _find(run, state)
-        _walk(run, found, state, None, states=states, updates=updates)
-        _walk_back(run, found, grad, grad_state, dfirst, dstates, errors)
-        dq, dk, dv, ddecay, dbeta = _chunk_gradients(run, found, grad, states, dstates, updates, errors)
+    with _Run(call, back=True, kept=bool(kept)) as run:
+        basis = _Basis(*kept) if kept else _find_basis(run, state)
+        _walk(run, basis, state, None, states=states, updates=updates)
+        _walk_back(run, basis, grad, grad_state, dfirst, dstates, errors)
+        dq, dk, dv, ddecay, dbeta = _chunk_gradients(run, basis, grad, states, dstates, updates, errors)
     keys, values = q.shape[-1], v.shape[-1]
     first = None if state is None else _cut(dfirst, keys, values).to(state.dtype)
     return _cut(dq, keys), _cut(dk, keys), _cut(dv, values), ddecay, dbeta, first
@@ -181,13 +181,24 @@ class _Run:
     a kind that is new to this process they are compiled first, when all are known.
     """
 
-    def __init__(self, call: _Call, name: str) -> None:
-        self.call, self.name = call, name
+    def __init__(self, call: _Call, *, back: bool, kept: bool) -> None:
+        self.call = call
+        self.turns = back or kept  # whether M^T is wanted
         self.q, self.k = _tokens(call.q, call.keys), _tokens(call.k, call.keys)
         self.v = _tokens(call.v, call.block)
         types = (call.q.device, call.q.dtype, call.decay.dtype, call.beta.dtype)
         wide = max(*call.decay.stride(), *call.beta.stride()) >= 1 << 31  # such a number has another type
-        self.kind = (name, *types, call.keys, call.values, call.l2_norm, call.split, call.chunk_table is None, wide)
+        self.kind = (
+            back,
+            kept,
+            *types,
+            call.keys,
+            call.values,
+            call.l2_norm,
+            call.split,
+            call.chunk_table is None,
+            wide,
+        )
         self.compiled = iter(_compiled[self.kind]) if self.kind in _compiled else None
         self.plan: list[_Launch] = []
         self.device = torch.cuda.device_of(call.q)
@@ -325,7 +336,7 @@ class _Call(NamedTuple):
         return sizes | _launch(name, self.keys, self.q.dtype)
 
 
-class _Found(NamedTuple):
+class _Basis(NamedTuple):
     """What outputs and gradients both need. Of a chunk and head: T, the vectors G / ln 2, factors of rows of q and of k, and beta,
     and the log of |M|'s bound. Of a segment, where documents are split: the state after it, M, M^T for the way back, and whether
     M is anything but 0.
@@ -457,7 +468,7 @@ def _tables(cu_seqlens: Tensor, chunks: int, segments: int, size: int) -> tuple[
     )
 
 
-def _find(run: _Run, state: Tensor | None) -> _Found:
+def _find_basis(run: _Run, state: Tensor | None) -> _Basis:
     call = run.call
     shape = (call.chunks, call.heads)
     solve = call.q.new_empty(*shape, CHUNK, CHUNK)
@@ -470,19 +481,19 @@ def _find(run: _Run, state: Tensor | None) -> _Found:
     )
     run("prepare", _prepare, (call.heads * call.chunks, 1, 1), args, L2=call.l2_norm)
     if not call.split:
-        return _Found(solve, vectors, reach)
+        return _Basis(solve, vectors, reach)
     move = vectors.new_empty(call.segments, call.heads, call.keys, call.keys)
-    turned = None if run.name == "forward" else torch.empty_like(move)
+    turned = torch.empty_like(move) if run.turns else None
     moves = move.new_empty(call.segments, call.heads, dtype=torch.int32)
-    found = _Found(solve, vectors, reach, call.states(call.segments), move, turned, moves)
-    _walk(run, found, state, None, maps=True)
-    _join_segments(run, found.ends, found, back=False)
-    return found
+    basis = _Basis(solve, vectors, reach, call.states(call.segments), move, turned, moves)
+    _walk(run, basis, state, None, maps=True)
+    _join_segments(run, basis.ends, basis, back=False)
+    return basis
 
 
 def _walk(
     run: _Run,
-    found: _Found,
+    basis: _Basis,
     state: Tensor | None,
     final: Tensor | None,
     *,
@@ -495,14 +506,14 @@ def _walk(
     call = run.call
     columns = call.values // call.block + (_cdiv(call.keys, call.block) if maps else 0)
     # Where a kernel reads and writes nothing stands something of the same type: one compiled kernel for all.
-    number, flag, tile = found.reach, found.reach.view(torch.int32), found.solve
+    number, flag, tile = basis.reach, basis.reach.view(torch.int32), basis.solve
     args = (
-        *(run.q, run.k, run.v, *found.chunks),
-        *(number if x is None else x for x in (state, found.ends, final, found.move, found.turned)),
-        flag if found.moves is None else found.moves,
+        *(run.q, run.k, run.v, *basis.chunks),
+        *(number if x is None else x for x in (state, basis.ends, final, basis.move, basis.turned)),
+        flag if basis.moves is None else basis.moves,
         *(tile if x is None else x for x in (o, states, updates)),
         *(call.segment_table, call.length, call.heads, call.size),
-        *(int(x) for x in (state is not None, final is not None, maps, found.turned is not None)),
+        *(int(x) for x in (state is not None, final is not None, maps, basis.turned is not None)),
     )
     name = "scan" if o is None else "outputs"
     run(name, _scan, (columns, call.heads, call.segments), args, BV=call.block, OUTPUTS=o is not None)
@@ -510,7 +521,7 @@ def _walk(
 
 def _walk_back(
     run: _Run,
-    found: _Found,
+    basis: _Basis,
     grad: Tensor,
     grad_state: Tensor | None,
     dfirst: Tensor,
@@ -524,21 +535,21 @@ def _walk_back(
     tiles = _tokens(grad, call.block)
     for find in (True, False) if call.split else (False,):
         args = (
-            *(tiles, run.q, run.k, *found.chunks, given, begins, dfirst, dstates, errors),
+            *(tiles, run.q, run.k, *basis.chunks, given, begins, dfirst, dstates, errors),
             *(call.segment_table, call.length, call.heads, call.size, int(grad_state is not None), int(find)),
         )
         run("back", _scan_back, (call.values // call.block, call.heads, call.segments), args, BV=call.block)
         if find:
-            _join_segments(run, begins, found, back=True)
+            _join_segments(run, begins, basis, back=True)
 
 
-def _join_segments(run: _Run, states: Tensor | None, found: _Found, *, back: bool) -> None:
+def _join_segments(run: _Run, states: Tensor | None, basis: _Basis, *, back: bool) -> None:
     call = run.call
     block = min(call.values, 32)
     whole = call.keys <= 128 and call.q.dtype != torch.float32 and _holds_maps(call.q.device)
     rows = call.keys if whole else 64
-    move = found.turned if back else found.move
-    args = (states, move, found.moves, call.first_segments, call.length, call.heads, call.size, int(back))
+    move = basis.turned if back else basis.move
+    args = (states, move, basis.moves, call.first_segments, call.length, call.heads, call.size, int(back))
     run(
         "join",
         _join,
@@ -551,14 +562,14 @@ def _join_segments(run: _Run, states: Tensor | None, found: _Found, *, back: boo
 
 
 def _chunk_gradients(
-    run: _Run, found: _Found, grad: Tensor, states: Tensor, dstates: Tensor, updates: Tensor, errors: Tensor
+    run: _Run, basis: _Basis, grad: Tensor, states: Tensor, dstates: Tensor, updates: Tensor, errors: Tensor
 ) -> tuple[Tensor, ...]:
     call = run.call
     inputs = (call.q, call.k, call.v, call.decay, call.beta)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     block = min(call.values, 32)  # A tile of S passes through registers, which the sums need.
     args = (
-        *(_tokens(grad, block), run.q, run.k, _tokens(call.v, block), *found.vectors.unbind()),
+        *(_tokens(grad, block), run.q, run.k, _tokens(call.v, block), *basis.vectors.unbind()),
         *(_tiles(x, block) for x in (states, dstates, updates, errors)),
         # k's sum is in units of the scale; a small one would overflow float16.
         *(*grads, call.chunk_table, call.length, call.heads, call.scale, call.scale if abs(call.scale) > 0.01 else 1.0),
