@@ -288,7 +288,9 @@ class RegionModule(nn.Module):
 
 def _exporting() -> bool:
     compiler = torch.compiler
-    return compiler.is_exporting() or (compiler.is_compiling() and not compiler.is_dynamo_compiling())
+    if compiler.is_dynamo_compiling():
+        return compiler._is_exporting_flag  # dynamo of PyTorch 2.11 takes `is_exporting()` to be True, whatever it is
+    return compiler.is_compiling()
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
