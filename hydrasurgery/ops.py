@@ -344,9 +344,9 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
     if tuple(heads) == tuple(range(size)):
         return x
     times = heads.count(heads[0])
-    once = range(heads[0], heads[0] + len(heads) // times)
+    once = tuple(heads[::times])
     if times > 1 and tuple(heads) == tuple(h for h in once for _ in range(times)):  # each KV head for its query heads
-        own = x.narrow(dim, once.start, len(once)).unsqueeze(dim + 1)
+        own = select_heads(x, once, dim).unsqueeze(dim + 1)
         repeated = own.expand(*own.shape[: dim + 1], times, *own.shape[dim + 2 :])
         # Cloned, not left to flatten: an exported graph would exclude a length of 1.
         return repeated.clone(memory_format=torch.contiguous_format).flatten(dim, dim + 1)

@@ -337,7 +337,21 @@ def test_causal_without_a_mask_is_causal_with_one():
 # --- helpers -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads", [(0,), (1, 2), (0, 0, 1, 1, 2, 2, 3, 3), (3, 1), (0, 1, 3), (3, 2, 1, 0)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        (0,),
+        (1, 2),
+        (0, 0, 1, 1, 2, 2, 3, 3),
+        (3, 1),
+        (0, 1, 3),
+        (3, 2, 1, 0),
+        (0, 0, 3, 3),
+        (1, 1),
+        (0, 1, 0, 1),
+        (2, 2, 0),
+    ],
+)
 @pytest.mark.parametrize("dim", [1, 2, -1])
 def test_select_heads_picks_in_order(heads, dim):
     x = torch.randn(2, 4, 4, 4)

@@ -11,6 +11,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import hydrasurgery as hs
 from hydrasurgery.export.backend import hydra
+from hydrasurgery.export.graph_rewrites import PIPELINE
 from hydrasurgery.inference.cache import HybridStaticLayer
 from hydrasurgery.plan import Plan
 from tests.families import tiny
@@ -38,11 +39,11 @@ def make(family: str, **changes: Any) -> Any:
     return stir(hs.rewrite(model, plan))
 
 
-def poisoned(hybrid: Any, length: int) -> StaticCache:
+def poisoned(hybrid: Any, length: int, batch: int = 2) -> StaticCache:
     """An empty static cache that has been used and reset, with huge keys and values where nothing may be read."""
     cache = StaticCache(config=hybrid.config, max_cache_len=length)
     with torch.no_grad():
-        hybrid(IDS[:, :6], past_key_values=cache)
+        hybrid(IDS[:batch, :6], past_key_values=cache)
     cache.reset()
     for layer in cache.layers:
         if layer.keys is not None:
@@ -104,16 +105,18 @@ def test_beams_are_reordered_in_place() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batch", [2, 1])
 @pytest.mark.parametrize("family", BACKEND_FAMILIES)
-def test_a_compiled_step_says_what_eager_says_and_is_compiled_once(family: str) -> None:
-    hybrid = make(family)
-    counter = CompileCounterWithBackend(lambda g, x: hydra(g, x, options={"inner": "aot_eager"}))
+def test_a_compiled_step_says_what_eager_says_and_is_compiled_once(family: str, batch: int) -> None:
+    hybrid, ids = make(family), IDS[:batch]
+    options = {"inner": "aot_eager", "pipeline": PIPELINE}
+    counter = CompileCounterWithBackend(lambda g, x: hydra(g, x, options=options))
     run = torch.compile(hybrid, backend=counter, fullgraph=True)
-    static, dynamic = poisoned(hybrid, 40), DynamicCache(config=hybrid.config)
+    static, dynamic = poisoned(hybrid, 40, batch), DynamicCache(config=hybrid.config)
     for cache in (static, dynamic):
-        hybrid(IDS[:, :12], past_key_values=cache)
+        hybrid(ids[:, :12], past_key_values=cache)
     for step in range(12):
-        token = IDS[:, step : step + 1]
+        token = ids[:, step : step + 1]
         found, wanted = run(token, past_key_values=static).logits, hybrid(token, past_key_values=dynamic).logits
         assert torch.allclose(found, wanted, atol=1e-5), step
     # Layers with a sliding window count in a number, which dynamo frees after it has changed once.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from hydrasurgery.errors import PipelineError
-from hydrasurgery.export.graph_rewrites import PIPELINE, REWRITES
+from hydrasurgery.export.graph_rewrites import EXACT, PIPELINE, REWRITES
 
 
 def hydra(
@@ -29,7 +29,8 @@ def hydra(
         graph: what dynamo captured.
         example_inputs: its inputs, with free sizes.
         mode: as "mode" in `options`; torch.compile takes the one or the other.
-        options: "pipeline" (names of `graph_rewrites`, separated by commas; by default all), "mode" (one of Inductor's:
+        options: "pipeline" (names of `graph_rewrites`, separated by commas; by default all, and the exact ones for another inner
+            backend), "mode" (one of Inductor's:
             "reduce-overhead" for CUDA graphs, "max-autotune", ...), "inner" (the backend that the graph is handed on to, by default
             "inductor"); the others are Inductor's, or those of the inner backend.
 
@@ -42,7 +43,8 @@ def hydra(
             "a plan is no option of the backend, which sees a graph and not the module that it would have to change; "
             "rewrite first: torch.compile(hydrasurgery.rewrite(model, plan), backend='hydra')"
         )
-    pipeline, inner = rest.pop("pipeline", PIPELINE), rest.pop("inner", "inductor")
+    inner = rest.pop("inner", "inductor")
+    pipeline = rest.pop("pipeline", PIPELINE if inner == "inductor" else EXACT)
     mode = rest.pop("mode", mode)
     for name in filter(None, (part.strip() for part in pipeline.split(","))):
         if name not in REWRITES:

@@ -1,16 +1,18 @@
 """Rewrites of the graph that `torch.compile` captured; each says how many nodes it changed.
 
-They see sizes where they are known, and weights as inputs. All but `fold_small_linears`, which sums in another order, are exact.
+They see sizes where they are known, and weights as inputs. All but `sum_linears`, which sums in another order, are exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hydrasurgery.kernels.attention.reference import visible_keys
 from hydrasurgery.passes.base import ancestors, arguments
@@ -19,6 +21,7 @@ from hydrasurgery.raising import ATTENTION
 LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
 # A projection of few tokens to THIN times fewer channels than it reads: its launch costs more than its sums.
 FEW_TOKENS, THIN = 8, 16
+TALL = 65536  # rows of a weight whose product fills a card even for one token: a vocabulary's
 
 
 def drop_causal_masks(graph: fx.GraphModule) -> int:
@@ -88,29 +91,32 @@ def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], s
     return bool(found.all()) if wanted is None else torch.equal(found, wanted.expand_as(found))
 
 
-def fold_small_linears(graph: fx.GraphModule) -> int:
-    """Projections of a few tokens to a few channels each, all of one input, become sums that Inductor writes as one kernel.
+def sum_linears(graph: fx.GraphModule) -> int:
+    """Projections of few tokens become sums, which Inductor writes itself and fuses with what stands around them.
 
-    The gates of a decoding layer are such: three matrix products of one channel a head, whose launches are most of their cost.
+    Those are projections of one token, and of `FEW_TOKENS` to `THIN` times fewer channels than they read, as a layer's gates are. A
+    product reads its weight in tiles, of which one row to multiply leaves too few to fill a card.
     """
-    groups: dict[Any, list[fx.Node]] = {}
-    for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
-        if not node.kwargs and _is_small(node):
-            groups.setdefault(node.args[0], []).append(node)
-    folded = [node for group in groups.values() if len(group) > 1 for node in group]
-    for node in folded:
-        node.target = small_linear
-    return len(folded)
+    linears = graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear)
+    chosen = [node for node in linears if not node.kwargs and _is_small(node)]
+    for node in chosen:
+        node.target = sum_linear
+    return len(chosen)
 
 
 def _is_small(node: fx.Node) -> bool:
     x, weight = (x.meta["example_value"] for x in arguments(node)[:2])
-    known = all(isinstance(size, int) for size in (*x.shape, *weight.shape))
-    small = known and x.numel() <= FEW_TOKENS * x.shape[-1] and weight.shape[0] * THIN <= weight.shape[1]
-    return small and x.dtype == weight.dtype == node.meta["example_value"].dtype  # autocast would cast
+    if not all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
+        return False
+    if not x.dtype == weight.dtype == node.meta["example_value"].dtype:  # autocast would cast
+        return False
+    if is_traceable_wrapper_subclass(weight):  # quantised or sharded: it has a product of its own
+        return False
+    tokens, (rows, columns) = math.prod(x.shape[:-1]), weight.shape
+    return (tokens == 1 and rows < TALL) or (tokens <= FEW_TOKENS and rows * THIN <= columns)
 
 
-def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def sum_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., C] and weight [H, C] -> [..., H], summed in fp32 (fp64 of fp64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = (x.to(wide).unsqueeze(-2) * weight.to(wide)).sum(-1)
@@ -119,8 +125,9 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 REWRITES: dict[str, Callable[[fx.GraphModule], int]] = {
     "drop-causal-masks": drop_causal_masks,
-    "fold-small-linears": fold_small_linears,
+    "sum-linears": sum_linears,
 }
 PIPELINE = ",".join(REWRITES)
+EXACT = "drop-causal-masks"  # what helps any compiler; one that does not fuse a product with its sum would store it
 
-__all__ = ["PIPELINE", "REWRITES", "drop_causal_masks", "fold_small_linears"]
+__all__ = ["EXACT", "PIPELINE", "REWRITES", "drop_causal_masks", "sum_linears"]

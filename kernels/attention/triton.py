@@ -143,7 +143,7 @@ def forward(
     )  # fmt: skip
     _join_kernel[(heads, batch)](
         outs, tops, sums, q if sinks is None else sinks.contiguous(), out, parts,
-        VALUES=values, SINKS=sinks is not None, PARTS=32, BLOCK_V=block_v, num_warps=4,
+        VALUES=values, SINKS=sinks is not None, PARTS=max(16, min(128, 16384 // block_v)), BLOCK_V=block_v, num_warps=4,
     )  # fmt: skip
     return out
 
