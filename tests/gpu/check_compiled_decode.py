@@ -47,6 +47,10 @@ TINY = {
 }
 WARM_UP = 6  # compiled calls before the clock starts: compilation, and the first two of CUDA graphs
 GRAPHS = {"mode": "reduce-overhead"}
+TUNED = {
+    "triton.cudagraphs": True,
+    "coordinate_descent_tuning": True,
+}  # searches each kernel's sizes: a minute more for 6 layers
 Measured = Iterator[tuple["Case", float, Tensor, float]]  # case, milliseconds, what must be alike, seconds it took
 
 
@@ -83,6 +87,8 @@ def decode_cases(ablate: bool) -> list[Case]:
         Case("inductor, fuse-decode, graphs", "hybrid", "inductor", GRAPHS),
         *_each_alone(GRAPHS, ", graphs"),
         Case("teacher eager", "teacher"),
+        Case("inductor tuned, no passes, graphs", "plain", "inductor", {"options": TUNED}),
+        Case("hydra tuned, graphs", "hybrid", "hydra", TUNED),
     ]
     return few + more if ablate else few
 
@@ -227,6 +233,11 @@ def decode_all(cases: list[Case], models: dict[str, nn.Module], batch: int, args
         yield case, ms, logits, seconds
 
 
+def chosen(cases: list[Case], args: argparse.Namespace) -> list[Case]:
+    """The cases whose name `--only` has; all without it."""
+    return [case for case in cases if not args.only or case.name in args.only]
+
+
 def table(title: str, measured: Measured, tokens: int) -> None:
     """A row each; ratios are to the first row and to Inductor without our passes.
 
@@ -237,7 +248,8 @@ def table(title: str, measured: Measured, tokens: int) -> None:
     base: dict[str, float] = {}
     wanted: dict[str, Tensor] = {}
     for case, ms, found, seconds in measured:
-        base.setdefault("eager", ms)
+        if case.name == "eager":
+            base["eager"] = ms
         if case.name.startswith("inductor, no passes"):
             base["inductor"] = ms
         like = wanted.setdefault("teacher" if case.model == "teacher" else "hybrid", found)
@@ -264,6 +276,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=5)
     parser.add_argument("--layers", type=int, default=None, help="fewer compile faster")
     parser.add_argument("--ablate", action="store_true", help="each graph rewrite alone, and the teacher")
+    parser.add_argument("--only", nargs="*", default=[], help="the cases to run, by name")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which no case begins")
     args = parser.parse_args()
     args.dtype = args.dtype or (torch.float32 if args.tiny else torch.bfloat16)
@@ -276,10 +289,10 @@ def main() -> None:
     args.until = start + args.limit
     for batch in args.batches:
         title = f"decode, batch {batch}, {args.context} tokens in a static cache"
-        table(title, decode_all(decode_cases(args.ablate), models, batch, args), batch)
+        table(title, decode_all(chosen(decode_cases(args.ablate or bool(args.only)), args), models, batch, args), batch)
     for length in lengths:
         title = f"training step, batch 1, {length} tokens"
-        table(title, train(training_cases(args.ablate), models, length, args), length)
+        table(title, train(chosen(training_cases(args.ablate or bool(args.only)), args), models, length, args), length)
 
 
 if __name__ == "__main__":
