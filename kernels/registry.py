@@ -156,12 +156,16 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
                 {"K": (128,), "V": (128,)}, {"gated_delta", "state", "varlen"}, hopper, FLASH_QLA,
             ),
             Implementation(
-                "triton", _here("linear_attention", "triton"), every, FLOAT,
-                {"K": range(1, 129), "V": range(1, 257)}, chunked, ampere, TRITON,
+                "triton", _here("linear_attention", "triton"), every, HALF,
+                {"K": range(1, 257), "V": range(1, 257)}, chunked, ampere, TRITON,
             ),
             Implementation(
-                "triton, wide", _here("linear_attention", "triton"), every, HALF,
-                {"K": range(129, 257), "V": range(1, 257)}, chunked, ampere, TRITON,
+                "triton, fp32", _here("linear_attention", "triton"), every, (torch.float32,),
+                {"K": range(1, 65), "V": range(1, 257)}, chunked, ampere, TRITON,
+            ),
+            Implementation(  # Its backward takes 192 KB of shared memory before 9.0, more than there is.
+                "triton, fp32, wide", _here("linear_attention", "triton"), every, (torch.float32,),
+                {"K": range(65, 129), "V": range(1, 257)}, chunked, ((9, 0), (12, 9)), TRITON,
             ),
             Implementation(
                 "flash_qla, few tokens", _here("linear_attention", "flash_qla"), (FORWARD,), HALF,

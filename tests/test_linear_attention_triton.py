@@ -219,6 +219,16 @@ def test_no_gradient_of_the_final_state():
     compare(run(args, grad, None, segment=64)[2:] + [None] * 2, truth(args, grad, 0 * grad_state)[2:] + [None] * 2)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory does not hold such tiles of 32 bits")
+@pytest.mark.parametrize("size", [64, 256])
+def test_cards_with_little_shared_memory_join_by_smaller_tiles(monkeypatch, size):
+    monkeypatch.setattr(kernel, "_holds_maps", lambda device: False)
+    monkeypatch.setattr(kernel, "refusal", lambda *args, **options: None)
+    args = inputs(1, 200, 1, size, 32)
+    grads = weights(args)
+    compare(run(args, *grads, segment=64), truth(args, *grads))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's 16-bit products are not those of a GPU")
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("size", [32, 64, 128, 256])

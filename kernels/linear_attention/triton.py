@@ -546,8 +546,9 @@ def _walk_back(
 def _join_segments(run: _Run, states: Tensor | None, basis: _Basis, *, back: bool) -> None:
     call = run.call
     block = min(call.values, 32)
-    whole = call.keys <= 128 and call.q.dtype != torch.float32 and _holds_maps(call.q.device)
-    rows = call.keys if whole else 64
+    roomy = _holds_maps(call.q.device)
+    whole = roomy and call.keys <= 128 and call.q.dtype != torch.float32
+    rows = call.keys if whole else 64 if roomy or call.keys <= 128 else 32
     move = basis.turned if back else basis.move
     args = (states, move, basis.moves, call.first_segments, call.length, call.heads, call.size, int(back))
     run(
