@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.two_tensor import TwoTensor
 
 import hydrasurgery as hs
 from hydrasurgery.export.backend import hydra
-from hydrasurgery.export.graph_rewrites import PIPELINE, sum_linear, sum_linears
+from hydrasurgery.export.graph_rewrites import PIPELINE, TALL, sum_linear
 from tests.decode_launches import a_layer
 from tests.families import tiny
 from tests.test_families import half_plan, stir
@@ -132,44 +133,58 @@ def test_projections_of_few_tokens_are_sums(dtype: torch.dtype) -> None:
     assert counts == [11, 3, 3, 0]
 
 
-def summed(linear: torch.nn.Linear, inner: str, **options: Any) -> int:
-    """How many sums the backend makes of a projection of one token."""
+def summed(function: Any, *inputs: torch.Tensor, **options: Any) -> int:
+    """How many sums the backend makes of a function's projections."""
     found = []
 
     def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        run = hydra(graph, inputs, options={"inner": inner, **options})
+        hydra(graph, inputs, options=options)
         found.append(len(graph.graph.find_nodes(op="call_function", target=sum_linear)))
-        return run
+        return graph.forward
 
-    x = torch.randn(1, 1, 16)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(linear, backend=look, fullgraph=True)(x), linear(x))
+    compiled, plain = torch.compile(function, backend=look, fullgraph=True)(*inputs), function(*inputs)
+    torch.testing.assert_close(compiled, plain)
     return found[0]
 
 
-def test_only_plain_weights_become_sums_and_only_for_inductor() -> None:
-    linear = torch.nn.Linear(16, 24)
-    assert summed(linear, "inductor") == 1
-    assert summed(linear, "aot_eager") == 0
-    assert summed(linear, "aot_eager", pipeline="sum-linears") == 1
-    # A weight that is a tensor of its own kind, as a quantised or a sharded one, has its own product.
-    linear.weight = torch.nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach().clone()))
-    linear.bias = None
-    x = torch.randn(1, 1, 16)
-    seen = []
+def test_sums_are_for_inductor_unless_they_are_named() -> None:
+    linear, x = torch.nn.Linear(16, 24), torch.randn(1, 1, 16)
+    assert summed(linear, x) == 1
+    assert summed(linear, x, inner="aot_eager") == 0
+    assert summed(linear, x, inner="aot_eager", pipeline="sum-linears") == 1
+    with torch._inductor.config.patch(freezing=True):
+        assert summed(linear, x) == 0
 
-    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        seen.append(sum_linears(graph))
-        return graph.forward
 
-    torch.compile(linear, backend=look, fullgraph=True)(x)
-    assert seen == [0]
+def test_what_is_no_plain_projection_of_one_token_stays_a_product() -> None:
+    named = {"inner": "eager", "pipeline": "sum-linears"}
+    one, many, weight = torch.randn(1, 16), torch.randn(40, 16), torch.randn(24, 16)
+    assert summed(F.linear, one, weight, **named) == 1
+    assert summed(F.linear, many, weight, **named) == 0
+    assert summed(F.linear, one, torch.randn(TALL, 16), **named) == 0
+    assert summed(F.linear, one, weight[0], **named) == 0
+    assert summed(F.linear, one, torch.randn(16, 24).t(), **named) == 0
+    assert summed(F.linear, one.long(), weight.long(), **named) == 0
+    assert summed(torch.vmap(F.linear, (0, None)), many, weight, **named) == 0  # each sample is one token
+    half = torch.autocast("cpu", torch.bfloat16)
+    assert summed(half(F.linear), one, weight, **named) == 0
+    # A weight that is a tensor of its own kind, as a quantised or a sharded one is, has its own product.
+    assert summed(F.linear, one, TwoTensor(weight, weight.clone()), **named) == 0
+
+
+def test_sums_are_of_fp32() -> None:
+    near = 1 + 2.0**-7  # its square is 1 + 2^-6 + 2^-14, which bf16 does not hold
+    x, weight, bias = (
+        torch.tensor(x, dtype=torch.bfloat16) for x in ([[near, 1.0]], [[near, -1 - 2.0**-6]], [2.0**-14])
+    )
+    assert sum_linear(x, weight, bias).item() == 2.0**-13
 
 
 def test_a_decoding_layer_launches_less_than_by_inductor_alone() -> None:
     kinds = ("linear", "linear", "full", "full")
     ours, theirs = (a_layer(kinds, backend) for backend in ("hydra", "inductor"))
-    assert theirs["aten.mm"] + theirs["aten.addmm"] == 10 and ours["aten.mm"] == 0
+    assert [x["aten.mm"] + x["aten.addmm"] for x in (theirs, ours)] == [10, 0]
     assert ours.total() <= theirs.total() - 2
     assert a_layer(("linear",) * 4, "hydra").total() <= a_layer(("full",) * 4, "hydra").total()
 

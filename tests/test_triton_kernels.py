@@ -248,6 +248,19 @@ def test_attention_of_one_query(shape, widths, kind, window, softcap, sinks, dty
     compare((found,), (wanted,), dtype)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("first", [0, 8_250])
+def test_more_parts_of_the_keys_than_are_joined_at_once(monkeypatch, first, sinks):
+    monkeypatch.setattr(kernel("attention"), "_wave", lambda device: 1000)
+    keys = 64 * 130
+    q, k, v = normal(1, 2, 1, 16), normal(1, 1, keys, 16), normal(1, 1, keys, 16)
+    mask = torch.arange(keys, device=DEVICE).expand(1, 1, 1, keys) >= first  # or the last two parts' keys alone
+    given = q, k, v, mask, normal(2) if sinks else None
+    options = {"scale": None, "causal": True, "window": None, "softcap": None}
+    found = kernel("attention").forward(*given, **options)
+    compare((found,), (attention_reference.forward(*wide(given), **options),), torch.float32)
+
+
 def test_a_query_that_sees_nothing_gives_nothing():
     q, k, v = normal(1, 2, 1, 16), normal(1, 1, 130, 16), normal(1, 1, 130, 16)
     mask = torch.zeros(1, 1, 1, 130, dtype=torch.bool, device=DEVICE)

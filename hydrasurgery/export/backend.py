@@ -29,10 +29,11 @@ def hydra(
         graph: what dynamo captured.
         example_inputs: its inputs, with free sizes.
         mode: as "mode" in `options`; torch.compile takes the one or the other.
-        options: "pipeline" (names of `graph_rewrites`, separated by commas; by default all, and the exact ones for another inner
-            backend), "mode" (one of Inductor's:
-            "reduce-overhead" for CUDA graphs, "max-autotune", ...), "inner" (the backend that the graph is handed on to, by default
-            "inductor"); the others are Inductor's, or those of the inner backend.
+        options: "pipeline": names of `graph_rewrites`, separated by commas; by default all, and only the exact ones for another
+            inner backend or where Inductor freezes weights (it would store them as the sums read them, in fp32).
+            "mode": one of Inductor's ("reduce-overhead" for CUDA graphs, "max-autotune", ...).
+            "inner": the backend that the graph is handed on to, by default "inductor".
+            Others are Inductor's, or those of the inner backend.
 
     Raises:
         PipelineError: the pipeline names an unknown rewrite, or an option is none of these ("plan" is none: see docs/export.md).
@@ -44,7 +45,7 @@ def hydra(
             "rewrite first: torch.compile(hydrasurgery.rewrite(model, plan), backend='hydra')"
         )
     inner = rest.pop("inner", "inductor")
-    pipeline = rest.pop("pipeline", PIPELINE if inner == "inductor" else EXACT)
+    pipeline = rest.pop("pipeline", PIPELINE if inner == "inductor" and not _freezes() else EXACT)
     mode = rest.pop("mode", mode)
     for name in filter(None, (part.strip() for part in pipeline.split(","))):
         if name not in REWRITES:
@@ -52,6 +53,12 @@ def hydra(
         REWRITES[name](graph)
     graph.recompile()
     return _hand_on(graph, list(example_inputs), inner, mode, rest)
+
+
+def _freezes() -> bool:
+    from torch._inductor import config
+
+    return bool(config.freezing)
 
 
 def _hand_on(

@@ -94,8 +94,9 @@ def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], s
 def sum_linears(graph: fx.GraphModule) -> int:
     """Projections of few tokens become sums, which Inductor writes itself and fuses with what stands around them.
 
-    Those are projections of one token, and of `FEW_TOKENS` to `THIN` times fewer channels than they read, as a layer's gates are. A
-    product reads its weight in tiles, of which one row to multiply leaves too few to fill a card.
+    Those are projections of one token (batch times length) to fewer than `TALL` channels, and of `FEW_TOKENS` to `THIN` times fewer
+    than they read, as a layer's gates are. A product reads its weight in tiles, of which one row to multiply leaves too few to fill
+    a card.
     """
     linears = graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear)
     chosen = [node for node in linears if not node.kwargs and _is_small(node)]
@@ -105,15 +106,23 @@ def sum_linears(graph: fx.GraphModule) -> int:
 
 
 def _is_small(node: fx.Node) -> bool:
-    x, weight = (x.meta["example_value"] for x in arguments(node)[:2])
-    if not all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
+    x, weight, y = (n.meta.get("example_value") for n in (*arguments(node)[:2], node))
+    if not (_is_plain(x) and _is_plain(weight) and weight.dim() == 2 and weight.stride(1) == 1):
         return False
-    if not x.dtype == weight.dtype == node.meta["example_value"].dtype:  # autocast would cast
-        return False
-    if is_traceable_wrapper_subclass(weight):  # quantised or sharded: it has a product of its own
+    if not (x.dtype == weight.dtype == y.dtype and x.dtype.is_floating_point):  # autocast would cast
         return False
     tokens, (rows, columns) = math.prod(x.shape[:-1]), weight.shape
     return (tokens == 1 and rows < TALL) or (tokens <= FEW_TOKENS and rows * THIN <= columns)
+
+
+def _is_plain(x: Any) -> bool:
+    """A tensor of known sizes; not one under vmap, which shows the sizes of one sample, nor quantised or sharded."""
+    return (
+        isinstance(x, Tensor)
+        and not is_traceable_wrapper_subclass(x)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and all(isinstance(size, int) for size in x.shape)
+    )
 
 
 def sum_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -3,8 +3,8 @@
     python -m tests.gpu.check_compiled_decode                   # on CUDA: the shape of Qwen3-1.7B at 7:1, random weights, bf16
     python -m tests.gpu.check_compiled_decode --tiny --device cpu
 
-Every compiled step gets the tokens that the eager one got; the table gives the largest difference of a logit, relative to the
-largest logit. A case that fails prints its message and the others go on.
+Every case's steps get the same tokens; the table gives the largest difference of a logit from the first case of the same model (the
+eager one, unless `--only` leaves it out), relative to the largest logit. A case that fails prints its message and the others go on.
 """
 
 from __future__ import annotations
@@ -233,13 +233,13 @@ def decode_all(cases: list[Case], models: dict[str, nn.Module], batch: int, args
         yield case, ms, logits, seconds
 
 
-def chosen(cases: list[Case], args: argparse.Namespace) -> list[Case]:
-    """The cases whose name `--only` has; all without it."""
-    return [case for case in cases if not args.only or case.name in args.only]
+def chosen(cases: Callable[[bool], list[Case]], args: argparse.Namespace) -> list[Case]:
+    """Those that `--only` names, in the table's order; without it the few, or all with `--ablate`."""
+    return [case for case in cases(True) if case.name in args.only] if args.only else cases(args.ablate)
 
 
 def table(title: str, measured: Measured, tokens: int) -> None:
-    """A row each; ratios are to the first row and to Inductor without our passes.
+    """A row each; ratios are to eager and to Inductor without our passes, differences to the first row of the same model.
 
     The last column is the seconds that the case took, compilation included.
     """
@@ -282,6 +282,9 @@ def main() -> None:
     args.dtype = args.dtype or (torch.float32 if args.tiny else torch.bfloat16)
     args.context = args.context or (40 if args.tiny else 4096)
     lengths = args.train_lengths if args.train_lengths is not None else ([48] if args.tiny else [2048])
+    known = [case.name for case in decode_cases(True) + training_cases(True)]
+    if unknown := [name for name in args.only if name not in known]:
+        parser.error(f"no case is called {unknown[0]!r}; there are: {'; '.join(known)}")
     start = time.perf_counter()
     models = build(args)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
@@ -289,10 +292,10 @@ def main() -> None:
     args.until = start + args.limit
     for batch in args.batches:
         title = f"decode, batch {batch}, {args.context} tokens in a static cache"
-        table(title, decode_all(chosen(decode_cases(args.ablate or bool(args.only)), args), models, batch, args), batch)
+        table(title, decode_all(chosen(decode_cases, args), models, batch, args), batch)
     for length in lengths:
         title = f"training step, batch 1, {length} tokens"
-        table(title, train(chosen(training_cases(args.ablate or bool(args.only)), args), models, length, args), length)
+        table(title, train(chosen(training_cases, args), models, length, args), length)
 
 
 if __name__ == "__main__":
