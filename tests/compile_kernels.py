@@ -33,10 +33,9 @@ from hydrasurgery.kernels.linear_attention import triton as linear
 from hydrasurgery.kernels.registry import BACKWARD, Case, Machine, choose
 from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
 
-# By compute capability, the last stage of the compiler that is run ("ttir" checks types, "llir" also finds the shared memory), and
-# the bytes of shared memory that a program may have. 8.6 has least of all that are offered.
-STAGES = {90: "llir", 86: "llir", 80: "ttir"}
-SHARED = {90: 227 << 10, 86: 99 << 10, 80: 163 << 10}
+LAST = "llir"  # the compiler's stage that finds the shared memory; those behind it are left out
+# By compute capability, the bytes of shared memory that a program may have. No card that is offered the kernels has less than 8.6.
+SHARED = {90: 227 << 10, 86: 99 << 10}
 DTYPES = torch.bfloat16, torch.float32
 
 
@@ -174,7 +173,6 @@ def requests(capability: int) -> list[Request]:
 
 def failure(request: Request) -> str | None:
     """The compiler's message, if it has one."""
-    last = STAGES[request.capability]
 
     def nothing(module: object, metadata: dict[str, Any]) -> bytes:
         metadata.update({"name": request.name, "shared": 0} | metadata)
@@ -184,8 +182,8 @@ def failure(request: Request) -> str | None:
         """Triton's hook, called twice: with the stages, to change them; bare, for what the cache's key has to add."""
         if stages is not None:
             names = list(stages)
-            stages.update(dict.fromkeys(names[names.index(last) + 1 :], nothing))
-        return last, last
+            stages.update(dict.fromkeys(names[names.index(LAST) + 1 :], nothing))
+        return LAST, LAST
 
     driver.set_active(Card(request.capability))
     triton.knobs.runtime.add_stages_inspection_hook = end
@@ -212,7 +210,7 @@ def forgotten(noted: list[Request]) -> list[str]:
 
 
 def main() -> None:
-    noted = [request for capability in STAGES for request in requests(capability)]
+    noted = [request for capability in SHARED for request in requests(capability)]
     failures: dict[tuple[str, str, str], list[Request]] = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         for request, message in zip(noted, pool.map(failure, noted), strict=True):

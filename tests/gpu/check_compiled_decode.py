@@ -47,10 +47,8 @@ TINY = {
 }
 WARM_UP = 6  # compiled calls before the clock starts: compilation, and the first two of CUDA graphs
 GRAPHS = {"mode": "reduce-overhead"}
-TUNED = {
-    "triton.cudagraphs": True,
-    "coordinate_descent_tuning": True,
-}  # searches each kernel's sizes: a minute more for 6 layers
+# It searches each kernel's sizes: a minute more for 6 layers.
+TUNED = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
 Measured = Iterator[tuple["Case", float, Tensor, float]]  # case, milliseconds, what must be alike, seconds it took
 
 
