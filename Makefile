@@ -20,6 +20,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy -p hydrasurgery
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
