@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import hydrasurgery as hs
+from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.ir.region import Region
 from hydrasurgery.passes import Pass, PassResult
 from hydrasurgery.passes.base import new_parameters, register
-from hydrasurgery.regions import ATTENTION, Region
 
 
 class Temperature(nn.Module):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hydrasurgery.ir.taps import HeadTap, head_taps
 from hydrasurgery.layers import l2_norm
-from hydrasurgery.regions import HeadTap, head_taps
 
 HALF_LIVES = (4.0, 16.0, 64.0, 256.0, 1024.0)  # tokens
 BETAS = (0.1, 0.25)

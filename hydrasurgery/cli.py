@@ -11,15 +11,16 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from hydrasurgery.choose import plan_heads
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
 from hydrasurgery.files import atomic_directory, atomic_write_json
 from hydrasurgery.loading import load_model, load_tokenizer, share_parameters
-from hydrasurgery.plan import Plan, plan_heads
+from hydrasurgery.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hydrasurgery.regions import Region
+    from hydrasurgery.ir.region import Region
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512  # sequences and tokens each
 
@@ -67,8 +68,10 @@ def inspect(model: Model) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hydrasurgery.regions import capture, region_modules
-    from hydrasurgery.rewrite import hybrid_pipeline, share_copy
+    from hydrasurgery.conversion import share_copy
+    from hydrasurgery.ir.capture import capture
+    from hydrasurgery.ir.stitch import region_modules
+    from hydrasurgery.surgery import hybrid_pipeline
 
     decoder = load_model(model)
     surgery = getattr(decoder.config, "quantization_config", None)
@@ -150,7 +153,7 @@ def plan(
 
     Example: hydrasurgery plan --scores scores.json --ratio 7:1 --keep 3:0 --out plan.json
     """
-    from hydrasurgery.forecast import forecast
+    from hydrasurgery.costs import forecast
     from hydrasurgery.selection import HeadScores
 
     if (scores is None) == (model is None):
@@ -240,8 +243,8 @@ def rewrite(
 
     Example: hydrasurgery rewrite Qwen/Qwen3-0.6B --plan plan.json --out hybrid --calibrate-text book.txt
     """
+    from hydrasurgery.conversion import rewrite as rewrite_heads
     from hydrasurgery.evaluation import load_text
-    from hydrasurgery.rewrite import rewrite as rewrite_heads
 
     chosen = Plan.load(plan)
     text = None if calibrate_text is None else load_text(calibrate_text)
@@ -494,7 +497,7 @@ def _variant(region: Region) -> Iterator[str]:
 def _verdict(region: Region) -> str:
     """Why the region's heads cannot become linear; empty if they can, which is tried on all heads but the first."""
     from hydrasurgery.passes import run_pipeline
-    from hydrasurgery.rewrite import hybrid_pipeline
+    from hydrasurgery.surgery import hybrid_pipeline
 
     heads = region.num_heads
     region.kinds = ("full",) * (heads > 1) + ("linear",) * (heads - (heads > 1))

@@ -59,3 +59,7 @@ class RecipeError(HydraError):
 
 class ExportError(HydraError):
     """A model cannot be written for a target: an op or opset it lacks, a path that exists, a disk that is full."""
+
+
+class RegionTextError(HydraError):
+    """The text of a region cannot be read; the message holds the line."""

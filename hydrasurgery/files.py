@@ -39,6 +39,13 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def json_lines(head: dict[str, Any], key: str, rows: list[dict[str, Any]]) -> str:
+    """JSON text of `head` with a last entry `key`, a list that has one row on each line."""
+    text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    lines = ",\n".join("    " + json.dumps(row, ensure_ascii=False) for row in rows)
+    return f'{text},\n  "{key}": [\n{lines}\n  ]\n}}\n'
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that takes `path`'s place when the block ends, and vanishes if the block raises."""

@@ -16,8 +16,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hydrasurgery.errors import CheckpointError, HydraError, UnsupportedModelError
+from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.plan import Plan
-from hydrasurgery.regions import region_modules
+from hydrasurgery.surgery import apply_plan
 
 METHOD = "hydrasurgery"
 
@@ -39,8 +40,6 @@ class HydraSurgeon(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from hydrasurgery.rewrite import apply_plan
-
         config: Any = self.quantization_config
         try:
             plan = Plan.from_json(json.dumps(config.plan))

@@ -1,12 +1,14 @@
 """Passes over regions: one pass a file, a pipeline is a string of their names."""
 
-from hydrasurgery.passes.base import PRESETS, REGISTRY, Pass, PassResult, parse, run_pipeline
+from hydrasurgery.passes.base import REGISTRY, Pass, PassResult, register
 from hydrasurgery.passes.canonicalize_attention import CanonicalizeAttention
 from hydrasurgery.passes.canonicalize_rotary import CanonicalizeRotary
 from hydrasurgery.passes.fuse_decode import FuseDecode
 from hydrasurgery.passes.fuse_heads import FuseHeads
 from hydrasurgery.passes.linearize_heads import LinearizeHeads
+from hydrasurgery.passes.manager import run_pipeline
 from hydrasurgery.passes.order_heads import OrderHeads
+from hydrasurgery.passes.pipeline import PRESETS, parse
 from hydrasurgery.passes.place_heads import PlaceHeads
 from hydrasurgery.passes.prune_projections import PruneProjections
 from hydrasurgery.passes.select_kernels import SelectKernels
@@ -32,5 +34,6 @@ __all__ = [
     "ThreadState",
     "UntieProjections",
     "parse",
+    "register",
     "run_pipeline",
 ]

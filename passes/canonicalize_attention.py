@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.ir.raising import raise_attention
+from hydrasurgery.ir.region import Region
 from hydrasurgery.passes.base import Pass, PassResult, register
-from hydrasurgery.raising import ATTENTION, raise_attention
-from hydrasurgery.regions import Region
 
 
 @register

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.ir.graphs import ancestors, arguments, remove_unused
+from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import TURNS, rotate
-from hydrasurgery.passes.base import Pass, PassResult, ancestors, arguments, register, source
-from hydrasurgery.regions import ATTENTION, Region
+from hydrasurgery.passes.base import Pass, PassResult, register
 
 aten = torch.ops.aten
 # What the second copy of x goes through before it meets the sines: its channels change places and signs.
@@ -50,7 +52,7 @@ class CanonicalizeRotary(Pass):
 
     def run(self, region: Region) -> PassResult:
         graph = region.graph
-        hidden = _behind(region)
+        hidden = _after_hidden(region)
         sums = [n for n in graph.find_nodes(op="call_function", target=aten.add.Tensor) if n in hidden]
         found = [match for node in sums if (match := _match(node, hidden)) is not None]
         for end, x, cos, sin, turn in found:
@@ -58,9 +60,10 @@ class CanonicalizeRotary(Pass):
                 new = graph.create_node("call_function", rotate, (x, cos, sin, turn), None, "rotated")
             new.meta.update(end.meta)
             end.replace_all_uses_with(new)
-        graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        remove_unused(graph)
+        before = region.options.get("rotary")
         region.options["rotary"] = len(graph.find_nodes(op="call_function", target=rotate))
-        return PassResult(region, bool(found))
+        return PassResult(region, bool(found) or before != region.options["rotary"])
 
 
 def unrotated(x: fx.Node) -> fx.Node:
@@ -86,9 +89,9 @@ def rotations(x: fx.Node) -> list[fx.Node]:
     return [node for node in ancestors(x) if node.target is rotate]
 
 
-def _behind(region: Region) -> set[fx.Node]:
+def _after_hidden(region: Region) -> set[fx.Node]:
     """What is computed from the values of the hidden states, and not from their sizes alone."""
-    found = {source(region)}
+    found = {region.source}
     for node in region.graph.nodes:
         if node.target is not aten.sym_size.int and any(n in found for n in node.all_input_nodes):
             found.add(node)

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import fx
 
+from hydrasurgery.dialect.names import CAUSAL_CONV, FUSION, LINEAR_ATTENTION
+from hydrasurgery.ir.graphs import arguments
+from hydrasurgery.ir.region import STATE, Region
+from hydrasurgery.ir.state import count_tokens, step_linear, write_state
 from hydrasurgery.layers import merge_heads, to_tokens
-from hydrasurgery.passes.base import Pass, PassResult, arguments, register
-from hydrasurgery.passes.fuse_heads import FUSION
-from hydrasurgery.passes.linearize_heads import CONV, LINEAR
-from hydrasurgery.regions import Region
-from hydrasurgery.state import count_tokens, step_linear, write_state
+from hydrasurgery.passes.base import Pass, PassResult, register
 
 
 @register
@@ -30,8 +30,7 @@ class FuseDecode(Pass):
     name: ClassVar[str] = "fuse-decode"
 
     def requires(self, region: Region) -> None:
-        threaded = any(n.op == "placeholder" and n.target == "state" for n in region.graph.nodes)
-        self.need(region, threaded, "run thread-state first: the graph has no state input")
+        self.need(region, region.threaded, "run thread-state first: the graph has no state input")
 
     def run(self, region: Region) -> PassResult:
         fused, given = region.find(FUSION), region.options
@@ -40,11 +39,11 @@ class FuseDecode(Pass):
             return PassResult(region, False)
         graph = copy.deepcopy(region.graph)
         fusion = graph.find_nodes(op="call_function", target=FUSION)[0]
-        recurrence = graph.find_nodes(op="call_function", target=LINEAR)[0]
+        recurrence = graph.find_nodes(op="call_function", target=LINEAR_ATTENTION)[0]
         full, _, gamma, gate = arguments(fusion)
         decay, beta = arguments(recurrence)[3:5]
         hidden, *flags = arguments(decay)
-        state = next(n for n in graph.nodes if n.op == "placeholder" and n.target == "state")
+        state = next(n for n in graph.nodes if n.op == "placeholder" and n.target == STATE)
         inputs, weights = zip(*map(_before, arguments(recurrence)[:3]), strict=True)
         with graph.inserting_before(fusion):
             # The operator takes the gates as their projections leave them.
@@ -58,17 +57,20 @@ class FuseDecode(Pass):
             merged = step if full is None else graph.call_function(merge_heads, (full, step, region.linear_heads))
         fusion.replace_all_uses_with(merged)
         for node in graph.find_nodes(op="call_function", target=write_state):
-            if arguments(arguments(node)[2])[0].target in (CONV, LINEAR):  # the one node writes these in place
+            if arguments(arguments(node)[2])[0].target in (
+                CAUSAL_CONV,
+                LINEAR_ATTENTION,
+            ):  # the one node writes these in place
                 graph.erase_node(node)
         kept = (count_tokens, write_state)
         graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in kept)
-        region.decode = graph
-        return PassResult(region, False)
+        region.decode, region.decoded_by = graph, str(self)
+        return PassResult(region, True)
 
     def ensures(self, region: Region) -> None:
         if region.decode is not None:
             region.decode.lint()
-            left = [n for n in region.decode.nodes if n.target in (CONV, LINEAR, FUSION)]
+            left = [n for n in region.decode.nodes if n.target in (CAUSAL_CONV, LINEAR_ATTENTION, FUSION)]
             self.promise(region, not left, "the decode graph still holds what decode_step does")
 
 
@@ -76,5 +78,5 @@ def _before(x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The heads [B, H, T, D] that x was made of by convolution and norm, and the convolution's weight if there is one."""
     while x.target is not to_tokens:
         x = x.all_input_nodes[0]
-    conv = next((user for user in x.users if user.target is CONV), None)
+    conv = next((user for user in x.users if user.target is CAUSAL_CONV), None)
     return x.all_input_nodes[0], None if conv is None else arguments(conv)[1]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx, nn
 
+from hydrasurgery.dialect.names import ATTENTION, FULL, FUSION, LINEAR
+from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import OutputGate, merge_heads
-from hydrasurgery.passes.base import Pass, PassResult, hidden_size, new_parameters, register, source
-from hydrasurgery.regions import ATTENTION, Region
-
-FUSION = torch.ops.hydra.scale_norm_fusion.default
+from hydrasurgery.passes.base import Pass, PassResult, register
 
 
 @register
@@ -22,22 +21,31 @@ class FuseHeads(Pass):
     """Linear heads: gamma_h * RMSNorm(o_h) * gate (paper eq. 13-14). Full heads: passed on, or normalised too.
 
     Options: `full_norm` ("exact": full heads pass unchanged; "paper": they are normalised), `gate` (output gate or not),
-    `full_gate` (the gate is one of all heads, and is multiplied onto them behind the fusion).
+    `full_gate` (the gate is one of all heads, and is multiplied onto them after the fusion).
     """
 
     name: ClassVar[str] = "fuse-heads"
     exact: ClassVar[bool] = False
-    full_norm: str = "exact"
+    full_norm: Literal["exact", "paper"] = "exact"
     gate: bool = True
     full_gate: bool = False
 
     def requires(self, region: Region) -> None:
         self.need(
-            region, self.full_norm in ("exact", "paper"), f'full_norm is {self.full_norm!r}, not "exact" or "paper"'
-        )
-        self.need(
             region, self.gate or not self.full_gate, "full_gate is set and gate is not: one gate serves all heads"
         )
+        self.need(
+            region,
+            bool(region.find(ATTENTION)) or not region.full_heads,
+            "no attention node of the full heads is there",
+        )
+        made = any(n.meta.get("kind") == LINEAR and n.target != ATTENTION for n in region.graph.nodes)
+        self.need(
+            region,
+            made or not region.linear_heads,
+            "run split-heads and linearize-heads first: no linear heads are there",
+        )
+        self.need(region, not region.find(FUSION), "the heads are fused already")
 
     def run(self, region: Region) -> PassResult:
         region.options["full_norm"] = self.full_norm
@@ -45,7 +53,7 @@ class FuseHeads(Pass):
         if not region.linear_heads and self.full_norm == "exact":
             heads = region.find(ATTENTION)[0]
             if not gates_all:
-                return PassResult(region, False)
+                return PassResult(region, True)
         else:
             heads = self._fuse(region, gate=self.gate and not gates_all)
         if gates_all:
@@ -58,15 +66,14 @@ class FuseHeads(Pass):
     def _fuse(self, region: Region, gate: bool) -> fx.Node:
         """The fusion node in place of the merge; `gate`: with an output gate of the linear heads."""
         graph, linear = region.graph, region.linear_heads
-        full = next((n for n in region.find(ATTENTION) if n.meta.get("kind") == "full"), None)
-        recurrent = next((n for n in graph.nodes if n.meta.get("kind") == "linear"), None)
+        full = next((n for n in region.find(ATTENTION) if n.meta.get("kind") == FULL), None)
+        recurrent = next((n for n in graph.nodes if n.meta.get("kind") == LINEAR), None)
         old = next(n for n in (*region.find(merge_heads), full, recurrent) if n is not None)
         norm_full = self.full_norm == "paper"
-        like = next(region.module.parameters())
         count = region.num_heads if norm_full else len(linear)
-        region.module.hydra.gamma = nn.Parameter(torch.ones(count, device=like.device, dtype=like.dtype))
+        path = region.add("gamma", nn.Parameter(torch.ones(count)))
         with graph.inserting_after(old):
-            gamma = graph.get_attr("hydra.gamma")
+            gamma = graph.get_attr(path)
         gates = _gate(region, gamma, len(linear)) if gate and linear else None
         with graph.inserting_after(gates or gamma):
             fused = graph.create_node(
@@ -87,7 +94,7 @@ class FuseHeads(Pass):
 
 
 def _gate(region: Region, after: fx.Node, heads: int) -> fx.Node:
-    """An output gate [B, T, heads, 1] of the hidden states, computed behind the node `after`."""
-    path = new_parameters(region, "output_gate", OutputGate(hidden_size(region), heads))
+    """An output gate [B, T, heads, 1] of the hidden states, computed after the node `after`."""
+    path = region.add("output_gate", OutputGate(region.hidden_size, heads))
     with region.graph.inserting_after(after):
-        return region.graph.create_node("call_module", path, (source(region),), None, "gate")
+        return region.graph.create_node("call_module", path, (region.source,), None, "gate")

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
 from torch.nn.functional import silu
 
-from hydrasurgery import ops
+from hydrasurgery.dialect.names import ATTENTION, CAUSAL_CONV, LINEAR, LINEAR_ATTENTION
+from hydrasurgery.ir.graphs import arguments, remove_unused, token_flags
+from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, rotate_tokens, to_heads, to_tokens
 from hydrasurgery.options import TAPS
-from hydrasurgery.passes.base import (
-    Pass,
-    PassResult,
-    arguments,
-    hidden_size,
-    new_parameters,
-    register,
-    source,
-    token_flags,
-)
+from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.passes.canonicalize_rotary import rotations, unrotated
-from hydrasurgery.regions import ATTENTION, Region
-
-LINEAR = torch.ops.hydra.linear_attention.default
-CONV = torch.ops.hydra.causal_conv.default
 
 
 @register
@@ -42,25 +31,23 @@ class LinearizeHeads(Pass):
 
     name: ClassVar[str] = "linearize-heads"
     exact: ClassVar[bool] = False
-    rule: str = "gated_delta"
+    rule: Literal["linear", "gated", "delta", "gated_delta"] = "gated_delta"
     conv: int = TAPS
-    conv_kind: str = "residual"
+    conv_kind: Literal["residual", "native"] = "residual"
 
     def requires(self, region: Region) -> None:
-        self.need(region, self.rule in ops.RULES, f"rule {self.rule!r} is none of {', '.join(ops.RULES)}")
-        known = self.conv_kind in ("residual", "native")
-        self.need(region, known, f'conv_kind is {self.conv_kind!r}, not "residual" or "native"')
+        self.need(region, self.conv >= 0, f"conv is {self.conv}: give the taps of the convolution, or 0 for none")
         late = self.conv and self.conv_kind == "native"
         self.need(region, not late or "rotary" in region.options, "run canonicalize-rotary first: conv_kind is native")
         kinds = {n.meta.get("kind") for n in region.find(ATTENTION)}
         self.need(region, None not in kinds, "run split-heads first: attention nodes have no kind")
 
     def run(self, region: Region) -> PassResult:
-        node = next((n for n in region.find(ATTENTION) if n.meta["kind"] == "linear"), None)
+        node = next((n for n in region.find(ATTENTION) if n.meta["kind"] == LINEAR), None)
         if node is None:
             return PassResult(region, False)
-        graph, hidden, heads = region.graph, source(region), len(region.linear_heads)
-        width = hidden_size(region)
+        graph, hidden, heads = region.graph, region.source, len(region.linear_heads)
+        width = region.hidden_size
         q, k, v, mask = (*arguments(node), None)[:4]
         with graph.inserting_before(node):
 
@@ -77,10 +64,10 @@ class LinearizeHeads(Pass):
                 tokens = call(to_tokens, x, valid)
                 if self.conv:
                     channels = heads * (region.value_dim if label == "v" else region.head_dim)
-                    new_parameters(region, f"{label}_conv", ConvWeight(channels, self.conv, float(native)))
+                    region.add(f"{label}_conv", ConvWeight(channels, self.conv, float(native)))
                     weight = graph.get_attr(f"hydra.{label}_conv.weight")
                     mixed = graph.create_node(
-                        "call_function", CONV, (tokens, weight, None, reset), None, f"{label}_conv"
+                        "call_function", CAUSAL_CONV, (tokens, weight, None, reset), None, f"{label}_conv"
                     )
                     mixed.meta["state"] = f"{label}_conv"
                     mixed = call(operator.getitem, mixed, 0)
@@ -92,23 +79,27 @@ class LinearizeHeads(Pass):
                 tensors.append(x if label == "v" else call(l2_norm, x))
             decay = beta = None
             if self.rule in ("gated", "gated_delta"):
-                path = new_parameters(region, "decay", DecayGate(width, heads))
+                path = region.add("decay", DecayGate(width, heads))
                 decay = graph.create_node("call_module", path, (hidden, valid, reset), None, "decay")
             if self.rule in ("delta", "gated_delta"):
-                path = new_parameters(region, "beta", BetaGate(width, heads))
+                path = region.add("beta", BetaGate(width, heads))
                 beta = graph.create_node("call_module", path, (hidden, valid), None, "beta")
             out = graph.create_node(
-                "call_function", LINEAR, (*tensors, decay, beta, None), {"rule": self.rule}, "linear_attention"
+                "call_function",
+                LINEAR_ATTENTION,
+                (*tensors, decay, beta, None),
+                {"rule": self.rule},
+                "linear_attention",
             )
             out.meta["state"] = "recurrent"
             new = call(operator.getitem, out, 0, name="o_recurrent")
-        new.meta["kind"] = "linear"
+        new.meta["kind"] = LINEAR
         node.replace_all_uses_with(new)
-        graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        remove_unused(graph)
         region.options["rule"] = self.rule
         region.options["conv"] = self.conv_kind if self.conv else "none"
         return PassResult(region, True)
 
     def ensures(self, region: Region) -> None:
-        left = [n for n in region.find(ATTENTION) if n.meta.get("kind") == "linear"]
+        left = [n for n in region.find(ATTENTION) if n.meta.get("kind") == LINEAR]
         self.promise(region, not left, "a linear head is still softmax attention")

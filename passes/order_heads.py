@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from hydrasurgery import ops
-from hydrasurgery.passes.base import Pass, PassResult, arguments, register
+from hydrasurgery.dialect.names import ATTENTION, LINEAR
+from hydrasurgery.ir.graphs import arguments
+from hydrasurgery.ir.region import Region
+from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.passes.prune_projections import is_own_linear, remove_selection, replace_parameters
-from hydrasurgery.regions import ATTENTION, Region
 
 aten = torch.ops.aten
 # What may lie between the heads [B, T, H, D] and the projection of them, side by side.
@@ -34,12 +36,12 @@ class OrderHeads(Pass):
     """Slots are dealt anew: KV groups of full heads first, then mixed ones, then linear ones, so that kinds change seldom.
 
     Query heads, KV heads and sinks are selected in the new order before the attention, and outputs back into the old one
-    behind it. The selection behind it is folded into the columns of the output projection where that is an `nn.Linear` right
-    behind the heads; prune-projections folds the ones before it, so the two belong together:
+    after it. The selection after it is folded into the columns of the output projection where that is an `nn.Linear` right
+    after the heads; prune-projections folds the ones before it, so the two belong together:
     `canonicalize-attention,order-heads,prune-projections,split-heads,...`. What cannot be folded stays as a selection. Exact
     up to the rounding of sums in another order.
 
-    The region's `kinds` follow the new slots; `region.module.teacher_heads` says which old head each slot holds. The projections
+    The region's `kinds` follow the new slots; `region.teacher_heads` says which old head each slot holds. The projections
     keep their names but are new parameters, no longer the teacher's.
     """
 
@@ -68,7 +70,7 @@ class OrderHeads(Pass):
         node.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
         _fold_output(region, restored, heads)
         region.kinds = tuple(region.kinds[head] for head in heads)
-        region.module.teacher_heads = tuple(region.module.teacher_heads[head] for head in heads)
+        region.teacher_heads = tuple(region.teacher_heads[head] for head in heads)
         return PassResult(region, True)
 
 
@@ -78,7 +80,7 @@ def _order(region: Region) -> tuple[tuple[int, ...], tuple[int, ...]]:
     members = [range(g * times, (g + 1) * times) for g in range(region.num_key_value_heads)]
 
     def linear(head: int) -> bool:
-        return region.kinds[head] == "linear"
+        return region.kinds[head] == LINEAR
 
     groups = sorted(range(len(members)), key=lambda g: sum(map(linear, members[g])))
     slots: list[int] = []

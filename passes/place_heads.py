@@ -6,15 +6,14 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
+from hydrasurgery.dialect.names import ATTENTION, FULL, TOKEN_POSITIONS
+from hydrasurgery.ir.graphs import arguments, remove_unused, token_flags
+from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import LOG_LENGTH, scale_by_length
-from hydrasurgery.passes.base import Pass, PassResult, arguments, register, token_flags
+from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.passes.canonicalize_rotary import rotations, unrotated
-from hydrasurgery.regions import ATTENTION, Region
-
-POSITIONS = torch.ops.hydra.token_positions.default
 
 
 @register
@@ -43,16 +42,16 @@ class PlaceHeads(Pass):
     def run(self, region: Region) -> PassResult:
         before = str(region.graph)
         for node in region.find(ATTENTION):
-            if not (self.full_rope if node.meta["kind"] == "full" else self.linear_rope):
+            if not (self.full_rope if node.meta["kind"] == FULL else self.linear_rope):
                 _drop_rotary(node)
-            if self.log_length and node.meta["kind"] == "full":
+            if self.log_length and node.meta["kind"] == FULL:
                 _scale(region, node, self.a)
-        region.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        remove_unused(region.graph)
         return PassResult(region, str(region.graph) != before)
 
     def ensures(self, region: Region) -> None:
         for node in region.find(ATTENTION):
-            kept = self.full_rope if node.meta["kind"] == "full" else self.linear_rope
+            kept = self.full_rope if node.meta["kind"] == FULL else self.linear_rope
             left = any(rotations(x) for x in arguments(node)[:2])
             self.promise(region, kept or not left, f"a {node.meta['kind']} head still has its rotary embedding")
 
@@ -69,7 +68,7 @@ def _scale(region: Region, attention: fx.Node, a: float) -> None:
     graph, (q, _, _, *rest) = region.graph, arguments(attention)
     valid, reset = token_flags(region, rest[0] if rest else None)
     with graph.inserting_before(attention):
-        counted = graph.create_node("call_function", POSITIONS, (valid, reset, None), None, "counted")
+        counted = graph.create_node("call_function", TOKEN_POSITIONS, (valid, reset, None), None, "counted")
         counted.meta["state"] = "seen"
         positions = graph.create_node("call_function", operator.getitem, (counted, 0), None, "positions")
         scaled = graph.create_node("call_function", scale_by_length, (q, positions, a), None, f"{q.name}_scaled")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from hydrasurgery import ops
+from hydrasurgery.ir.graphs import arguments
+from hydrasurgery.ir.region import KEPT, Region
 from hydrasurgery.layers import rotate
-from hydrasurgery.passes.base import Pass, PassResult, arguments, register
-from hydrasurgery.regions import Region
+from hydrasurgery.passes.base import Pass, PassResult, register
 
 aten = torch.ops.aten
 ELEMENTWISE = frozenset(
@@ -73,6 +74,7 @@ class PruneProjections(Pass):
     """
 
     name: ClassVar[str] = "prune-projections"
+    keeps_shapes: ClassVar[bool] = False
 
     def run(self, region: Region) -> PassResult:
         chains = [c for n in region.graph.nodes if (c := _chain(region, n)) is not None]
@@ -123,13 +125,18 @@ def _agree(views: list[fx.Node], selects: list[fx.Node]) -> bool:
     return (
         len({n.meta["shape"][2:] for n in views}) == 1
         and len({tuple(arguments(n)[1]) for n in selects}) == 1
-        and all(len(arguments(n)[0].users) == 1 for n in selects if "role" in n.meta)
+        and all(len(arguments(n)[0].users) == 1 for n in selects if _is_kept(n))
     )
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether the cache holds what the node gives."""
+    return node.meta.get("role") in KEPT
 
 
 def _layout(region: Region, node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout | None:
     """Where the heads are in the node's output, or None if it may mix heads or treat them differently."""
-    if any("role" in n.meta for n in (node, *node.all_input_nodes)):
+    if any(map(_is_kept, (node, *node.all_input_nodes))):
         return None  # the cache holds it: its heads are fixed
     inside = {layouts[n] for n in node.all_input_nodes if n in layouts}
     layout = inside.pop()

@@ -9,13 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from hydrasurgery.dialect.names import ATTENTION, CAUSAL_CONV, FUSION, LINEAR_ATTENTION
+from hydrasurgery.ir.region import Region
 from hydrasurgery.kernels.registry import BACKWARD, DECODE, FORWARD, IMPLEMENTATIONS, Case, choose, machine_of
 from hydrasurgery.passes.base import Pass, PassResult, register
-from hydrasurgery.passes.fuse_heads import FUSION
-from hydrasurgery.passes.linearize_heads import CONV, LINEAR
-from hydrasurgery.regions import ATTENTION, Region
 
-OPS = {ATTENTION: "attention", LINEAR: "linear_attention", CONV: "causal_conv", FUSION: "scale_norm_fusion"}
+OPS = {
+    ATTENTION: "attention",
+    LINEAR_ATTENTION: "linear_attention",
+    CAUSAL_CONV: "causal_conv",
+    FUSION: "scale_norm_fusion",
+}
 
 
 @register
@@ -71,11 +75,11 @@ class SelectKernels(Pass):
             yield from (name for name, used in flags.items() if used)
             if region.value_dim != region.head_dim:
                 yield "a value width of its own"
-        if node.target is LINEAR:
+        if node.target is LINEAR_ATTENTION:
             yield str(node.kwargs["rule"])
-        if node.target is CONV:
+        if node.target is CAUSAL_CONV:
             yield "reset"
-        if node.target in (LINEAR, CONV) and self.mode == DECODE:
+        if node.target in (LINEAR_ATTENTION, CAUSAL_CONV) and self.mode == DECODE:
             yield "state"
 
 

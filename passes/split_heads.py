@@ -8,9 +8,11 @@ from typing import ClassVar
 from torch import fx
 
 from hydrasurgery import ops
+from hydrasurgery.dialect.names import ATTENTION, FULL, LINEAR
+from hydrasurgery.ir.graphs import arguments
+from hydrasurgery.ir.region import KEPT, Region
 from hydrasurgery.layers import merge_heads
-from hydrasurgery.passes.base import Pass, PassResult, arguments, register
-from hydrasurgery.regions import ATTENTION, Region
+from hydrasurgery.passes.base import Pass, PassResult, register
 
 
 @register
@@ -30,38 +32,38 @@ class SplitHeads(Pass):
         q, k, v, mask, sinks = (arguments(node) + (None, None))[:5]
         full, linear = region.full_heads, region.linear_heads
         if not linear:
-            node.meta["kind"] = "full"
-            k.meta["role"], v.meta["role"] = "kept-keys", "kept-values"
-            return PassResult(region, False)
+            node.meta["kind"] = FULL
+            k.meta["role"], v.meta["role"] = KEPT
+            return PassResult(region, True)
         outputs = {}
         with graph.inserting_before(node):
             if full:
                 kept = tuple(sorted({region.key_value_head(h) for h in full}))
                 reads = tuple(kept.index(region.key_value_head(h)) for h in full)
                 keys, values = (_select(graph, x, kept, 1, f"{n}_full") for x, n in ((k, "k"), (v, "v")))
-                keys.meta["role"], values.meta["role"] = "kept-keys", "kept-values"
+                keys.meta["role"], values.meta["role"] = KEPT
                 if not _uniform(reads, len(kept)):
                     keys, values = (_select(graph, x, reads, 1, f"{x.name}_expanded") for x in (keys, values))
                 queries = _select(graph, q, full, 1, "q_full")
                 if sinks is not None:
                     sinks = _select(graph, sinks, full, 0, "sinks_full")
-                outputs["full"] = graph.create_node(
+                outputs[FULL] = graph.create_node(
                     "call_function", ATTENTION, (queries, keys, values, mask, sinks), dict(node.kwargs), "o_full"
                 )
             own = tuple(region.key_value_head(h) for h in linear)
             queries = _select(graph, q, linear, 1, "q_linear")
             keys, values = (_select(graph, x, own, 1, f"{n}_linear") for x, n in ((k, "k"), (v, "v")))
             for x in (queries, keys, values):
-                x.meta["branch"] = "linear"
-            outputs["linear"] = graph.create_node(
+                x.meta["branch"] = LINEAR
+            outputs[LINEAR] = graph.create_node(
                 "call_function", ATTENTION, (queries, keys, values, mask), dict(node.kwargs), "o_linear"
             )
             for kind, output in outputs.items():
                 output.meta["kind"] = kind
-            merged = outputs["linear"]
+            merged = outputs[LINEAR]
             if full:
                 merged = graph.create_node(
-                    "call_function", merge_heads, (outputs["full"], outputs["linear"], linear), None, "heads"
+                    "call_function", merge_heads, (outputs[FULL], outputs[LINEAR], linear), None, "heads"
                 )
         node.replace_all_uses_with(merged)
         graph.erase_node(node)

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import fx
 
+from hydrasurgery.dialect.names import ATTENTION, CAUSAL_CONV, LINEAR_ATTENTION, TOKEN_POSITIONS
+from hydrasurgery.ir.graphs import ancestors, arguments
+from hydrasurgery.ir.region import KEPT, STATE, Region
+from hydrasurgery.ir.state import count_tokens, extend_kv, first_key, read_state, write_state
 from hydrasurgery.ops import token_flags
-from hydrasurgery.passes.base import Pass, PassResult, ancestors, arguments, register, source
-from hydrasurgery.passes.linearize_heads import CONV, LINEAR
-from hydrasurgery.passes.place_heads import POSITIONS
-from hydrasurgery.regions import ATTENTION, Region
-from hydrasurgery.state import count_tokens, extend_kv, first_key, read_state, write_state
+from hydrasurgery.passes.base import Pass, PassResult, register
 
-STATE_ARGUMENT = {CONV: 2, LINEAR: 5, POSITIONS: 2}
+STATE_ARGUMENT = {CAUSAL_CONV: 2, LINEAR_ATTENTION: 5, TOKEN_POSITIONS: 2}
 
 
 @register
@@ -28,18 +28,14 @@ class ThreadState(Pass):
     def requires(self, region: Region) -> None:
         kinds = [n.meta.get("kind") for n in region.find(ATTENTION)]
         self.need(region, None not in kinds, "run split-heads first: attention nodes have no kind")
-        self.need(region, not self._threaded(region), "the state is threaded already")
-
-    @staticmethod
-    def _threaded(region: Region) -> bool:
-        return any(n.op == "placeholder" and n.target == "state" for n in region.graph.nodes)
+        self.need(region, not region.threaded, "the state is threaded already")
 
     def run(self, region: Region) -> PassResult:
         graph = region.graph
-        hidden = source(region)
+        hidden = region.source
         last_input = [n for n in graph.nodes if n.op == "placeholder"][-1]
         with graph.inserting_after(last_input):
-            state = graph.placeholder("state")
+            state = graph.placeholder(STATE)
         if region.full_heads:
             self._extend(region, state)
         else:
@@ -62,8 +58,7 @@ class ThreadState(Pass):
     @staticmethod
     def _extend(region: Region, state: fx.Node) -> None:
         graph = region.graph
-        keys = next(n for n in graph.nodes if n.meta.get("role") == "kept-keys")
-        values = next(n for n in graph.nodes if n.meta.get("role") == "kept-values")
+        keys, values = (next(n for n in graph.nodes if n.meta.get("role") == role) for role in KEPT)
         mask = (arguments(region.find(ATTENTION)[0]) + (None,))[3]
         order = {n: i for i, n in enumerate(graph.nodes)}
         later = max((n for n in (keys, values, mask) if isinstance(n, fx.Node)), key=order.__getitem__)
@@ -78,7 +73,7 @@ class ThreadState(Pass):
             old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[all_values])
 
     def ensures(self, region: Region) -> None:
-        self.promise(region, self._threaded(region), "the graph has no state input")
+        self.promise(region, region.threaded, "the graph has no state input")
         if region.full_heads:
             attention = region.find(ATTENTION)[0]
             read = [any(n.target is extend_kv for n in ancestors(x)) for x in arguments(attention)[1:3]]

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from hydrasurgery.passes.base import Pass, PassResult, ancestors, register
-from hydrasurgery.regions import Region
+from hydrasurgery.dialect.names import LINEAR
+from hydrasurgery.ir.graphs import ancestors, remove_unused
+from hydrasurgery.ir.region import Region
+from hydrasurgery.passes.base import Pass, PassResult, register
 
 # What later passes put under `hydra`.
 RESERVED = frozenset({"beta", "decay", "gamma", "k_conv", "output_gate", "q_conv", "v_conv"})
@@ -55,7 +57,7 @@ class UntieProjections(Pass):
             for old in root.all_input_nodes:
                 if old in copies:
                     root.replace_input_with(old, copies[old])
-        graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+        remove_unused(graph)
         return PassResult(region, bool(copies))
 
     def ensures(self, region: Region) -> None:
@@ -68,7 +70,7 @@ class UntieProjections(Pass):
 
 def _branch(region: Region) -> list[fx.Node]:
     """The linear branch's q, k and v."""
-    return [n for n in region.graph.nodes if n.meta.get("branch") == "linear"]
+    return [n for n in region.graph.nodes if n.meta.get("branch") == LINEAR]
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

@@ -1,130 +1,121 @@
-"""What holds of every region at all times, and the shapes of its nodes."""
+"""What holds of every region after every pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from hydrasurgery.errors import PassError
-from hydrasurgery.regions import Region
+from hydrasurgery.dialect.names import KINDS
+from hydrasurgery.ir.graphs import arguments
+from hydrasurgery.ir.region import Region
+from hydrasurgery.ir.state import write_state
+from hydrasurgery.passes.base import Pass
 
-SIZES = ({"B": 5, "T": 13}, {"B": 7, "T": 17})
 
+@dataclass(frozen=True)
+class Facts:
+    """What a pass has to leave as it is.
 
-def verify(region: Region, after: str, original_parameters: set[str]) -> None:
-    """Raise PassError, naming the pass, unless the region's invariants hold.
-
-    Head kinds cover every head; the graph is well formed and each child it calls exists; every parameter that the
-    region had is present under its name; additions live under `hydra`.
+    Attributes:
+        shapes: of the parameters, by name.
+        versions: how often each parameter was written in place, by its identity.
+        tied: the groups of names that are one parameter.
+        outputs: shape, dtype and strides of what the graph returns, None for what is no tensor.
     """
 
-    def fail(message: str) -> None:
-        raise PassError(f"{after}: {region.name}: {message}")
+    shapes: dict[str, tuple[int, ...]]
+    versions: dict[int, int]
+    tied: frozenset[frozenset[str]]
+    outputs: tuple[Any, ...]
 
+    @classmethod
+    def of(cls, region: Region) -> Facts:
+        """A region's facts; its shapes are inferred already."""
+        names: dict[int, set[str]] = {}
+        parameters = dict(region.module.named_parameters(remove_duplicate=False))
+        for name, parameter in parameters.items():
+            names.setdefault(id(parameter), set()).add(name)
+        return cls(
+            {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+            {id(parameter): parameter._version for parameter in parameters.values()},
+            frozenset(frozenset(group) for group in names.values() if len(group) > 1),
+            tuple(map(_of_output, _outputs(region))),
+        )
+
+
+def verify(region: Region, step: Pass, before: Facts) -> None:
+    """Raise ValueError unless the invariants hold of `region` after `step`.
+
+    The graph is well formed, and every child and parameter that it names exists. Head kinds cover every slot, and the slots hold
+    each of the teacher's heads once. Every parameter of before is there under its name, with its shape (unless the pass resizes)
+    and its tying, and was not written in place; additions live under `hydra`. Outputs have the shapes, dtypes and strides of
+    before. Recurrent states are fp32 (fp64 in a model of fp64).
+    """
     region.graph.lint()
-    if len(region.kinds) != region.num_heads or set(region.kinds) - {"full", "linear"}:
-        fail(f"kinds {region.kinds} do not name one kind for each of {region.num_heads} heads")
-    present = {n for n, _ in region.module.named_parameters()}
-    lost = original_parameters - present
+    _check_heads(region)
+    _check_names(region)
+    _check_parameters(region, step, before)
+    for number, (old, new) in enumerate(zip(before.outputs, map(_of_output, _outputs(region)), strict=True)):
+        if old != new:
+            raise ValueError(f"output {number} was {_words(old)} and is {_words(new)}")
+    for node in region.find(write_state):
+        state = arguments(node)[2]
+        value = state.meta["val"]
+        if arguments(node)[1] == "recurrent" and value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"%{state.name} is a recurrent state of {value.dtype}, not of float32")
+
+
+def _check_heads(region: Region) -> None:
+    if len(region.kinds) != region.num_heads or set(region.kinds) - set(KINDS):
+        raise ValueError(f"kinds {region.kinds} do not name one kind for each of {region.num_heads} heads")
+    if sorted(region.teacher_heads) != list(range(region.num_heads)):
+        raise ValueError(f"teacher_heads {region.teacher_heads} do not name each of {region.num_heads} heads once")
+
+
+def _check_names(region: Region) -> None:
+    for node in region.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            part: Any = region.module
+            for step in str(node.target).split("."):
+                part = getattr(part, step, None)
+                if part is None:
+                    raise ValueError(f"%{node.name} reads {node.target}, which the region does not have")
+
+
+def _check_parameters(region: Region, step: Pass, before: Facts) -> None:
+    now = Facts.of(region)
+    lost = before.shapes.keys() - now.shapes.keys()
     if lost:
-        fail(f"parameters vanished: {', '.join(sorted(lost))}")
-    stray = {n for n in present - original_parameters if not n.startswith("hydra.")}
+        raise ValueError(f"parameters vanished: {', '.join(sorted(lost))}")
+    stray = [name for name in now.shapes.keys() - before.shapes.keys() if not name.startswith("hydra.")]
     if stray:
-        fail(f"new parameters outside hydra: {', '.join(sorted(stray))}")
-    for node in region.graph.nodes:
-        if node.op == "call_module":
-            try:
-                region.module.get_submodule(node.target)
-            except AttributeError:
-                fail(f"the graph calls {node.target}, which the region does not have")
+        raise ValueError(f"new parameters outside hydra: {', '.join(sorted(stray))}")
+    other = [name for name, shape in before.shapes.items() if now.shapes[name] != shape]
+    if other and step.keeps_shapes:
+        raise ValueError(f"{other[0]} had shape {list(before.shapes[other[0]])} and has {list(now.shapes[other[0]])}")
+    untied = before.tied - now.tied
+    if untied:
+        raise ValueError(f"parameters were one and are no longer: {', '.join(sorted(next(iter(untied))))}")
+    for name, parameter in region.module.named_parameters():
+        if before.versions.get(id(parameter), parameter._version) != parameter._version:
+            raise ValueError(f"{name} was written in place; put a new parameter into its place instead")
 
 
-def infer_shapes(region: Region, known: dict[str, list[Any]] | None = None) -> None:
-    """Write each node's shape to `node.meta["shape"]`, batch and length by name (B, T), by two runs on fake tensors.
-
-    `known` remembers the shapes of a graph over parameters of certain shapes, so that equal layers are run once.
-    """
-    known = {} if known is None else known
-    key = f"{region.graph}{[(n, tuple(p.shape)) for n, p in region.module.named_parameters()]}"
-    if key not in known:
-        _infer(region)
-        known[key] = [node.meta["shape"] for node in region.graph.nodes]
-    for node, shape in zip(region.graph.nodes, known[key], strict=True):
-        node.meta["shape"] = shape
+def _outputs(region: Region) -> list[Any]:
+    output = next(node for node in reversed(region.graph.nodes) if node.op == "output")
+    return pytree.tree_leaves(output.args[0], lambda leaf: leaf is None)
 
 
-def _infer(region: Region) -> None:
-    first, second = (_run_fake(region, sizes) for sizes in SIZES)
-    for node in region.graph.nodes:
-        a, b = first.get(node), second.get(node)
-        node.meta["shape"] = (
-            tuple(_name(x, y) for x, y in zip(a.shape, b.shape, strict=True))
-            if isinstance(a, Tensor) and isinstance(b, Tensor)
-            else None
-        )
+def _of_output(leaf: Any) -> Any:
+    value = leaf.meta["val"] if hasattr(leaf, "meta") else leaf
+    if not isinstance(value, Tensor):
+        return value
+    return leaf.meta["shape"], value.dtype, tuple(map(str, value.stride()))
 
 
-def _name(a: int, b: int) -> str | int:
-    if a == b:
-        return a
-    for name in ("B", "T"):
-        if (a, b) == (SIZES[0][name], SIZES[1][name]):
-            return name
-    return f"{a}..{b}"
-
-
-def run_random(region: Region, seed: int = 0) -> Tensor:
-    """What the region's graph gives for random inputs of 2 sequences of 7 tokens, the same for equal seeds: [2, 7, C]."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        if dtype == torch.bool:
-            return torch.ones(shape, dtype=dtype, device=device).tril()
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    with torch.no_grad():
-        arguments = _arguments(region, {"B": 2, "T": 7}, make)
-        output = fx.Interpreter(region.module, graph=region.graph).run(*arguments, enable_io_processing=False)
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _run_fake(region: Region, sizes: dict[str, int]) -> dict[fx.Node, Any]:
-    values: dict[fx.Node, Any] = {}
-
-    class Record(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            values[n] = super().run_node(n)
-            return values[n]
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        arguments = _arguments(
-            region, sizes, lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device)
-        )
-        fake = Record(region.module, garbage_collect_values=False, graph=region.graph)
-        try:
-            fake.run(*arguments, enable_io_processing=False)
-        except Exception as error:
-            raise PassError(f"{region.name}: the graph does not run on shapes {sizes}: {error}") from error
-    return values
-
-
-def _arguments(
-    region: Region, sizes: dict[str, int], make: Callable[[list[int], torch.dtype, torch.device], Tensor]
-) -> list[Tensor | None]:
-    """A tensor for each of the graph's inputs, with `sizes` for its named dimensions; None for a cache layer."""
-    like = next(region.module.parameters())
-    arguments: list[Tensor | None] = []
-    for node in region.graph.nodes:
-        if node.op == "placeholder":
-            shape = node.meta.get("shape")
-            if shape is None:
-                arguments.append(None)
-                continue
-            shape = [sizes.get(s, s) if isinstance(s, str) else s for s in shape]
-            dtype = torch.bool if len(shape) == 4 and "mask" in node.name else like.dtype
-            arguments.append(make(shape, dtype, like.device))
-    return arguments
+def _words(fact: Any) -> str:
+    return f"{fact[1]} {list(fact[0])} of strides {list(fact[2])}" if isinstance(fact, tuple) else str(fact)

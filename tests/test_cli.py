@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from hydrasurgery.choose import plan_heads
 from hydrasurgery.cli import app, main
 from hydrasurgery.demo.corpus import build_tokenizer
 from hydrasurgery.loading import load_model, share_parameters
-from hydrasurgery.plan import Plan, plan_heads
+from hydrasurgery.plan import Plan
 from hydrasurgery.transfer import Recipe, Stage, addition_names
 from tests.families import tiny
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hydrasurgery.choose import plan_heads
 from hydrasurgery.errors import DataError
-from hydrasurgery.plan import plan_heads
 from hydrasurgery.selection import HeadScores, read_scores, write_scores
 from tests.test_plan import regions, scores
 

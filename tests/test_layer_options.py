@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import hydrasurgery as hs
 from hydrasurgery import ops
+from hydrasurgery.conversion import share_copy
 from hydrasurgery.errors import PlanError, PreconditionError
+from hydrasurgery.ir.stitch import stitch
 from hydrasurgery.layers import TURNS, rotate, scale_by_length
 from hydrasurgery.passes import run_pipeline
-from hydrasurgery.regions import stitch
-from hydrasurgery.rewrite import hybrid_pipeline, share_copy
+from hydrasurgery.surgery import hybrid_pipeline
 from tests import test_families
 from tests.families import FAMILIES, PlainDecoder, same, tiny
 from tests.test_families import IDS, half_plan, stir

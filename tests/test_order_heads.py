@@ -15,7 +15,7 @@ import hydrasurgery as hs
 from hydrasurgery import ops
 from hydrasurgery.errors import PreconditionError
 from hydrasurgery.passes import run_pipeline
-from hydrasurgery.rewrite import hybrid_pipeline
+from hydrasurgery.surgery import hybrid_pipeline
 from tests.families import GroupedAttention, PlainDecoder, tiny
 from tests.test_families import IDS, half_plan, stir
 

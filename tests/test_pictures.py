@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hydrasurgery.choose import plan_heads
 from hydrasurgery.errors import DataError, ProbeError
-from hydrasurgery.plan import plan_heads
 from hydrasurgery.selection import ablation_curve, score_heads
 from hydrasurgery.selection.plots import KINDS, coverage, draw_plan
 from tests.planted import Planted, planted_pairs

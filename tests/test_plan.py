@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from hydrasurgery.choose import NEEDS_SCORES, STRATEGIES, plan_heads
+from hydrasurgery.costs import forecast
+from hydrasurgery.dialect.names import FULL, LINEAR
 from hydrasurgery.errors import PlanError
-from hydrasurgery.forecast import forecast
-from hydrasurgery.plan import FULL, LINEAR, NEEDS_SCORES, STRATEGIES, Plan, plan_heads
-from hydrasurgery.regions import capture
+from hydrasurgery.ir.capture import capture
+from hydrasurgery.plan import Plan
 from hydrasurgery.selection.compare import compare, spearman
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 import hydrasurgery as hs
+from hydrasurgery.dialect.names import ATTENTION
 from hydrasurgery.errors import (
     CheckpointError,
     PassError,
@@ -26,7 +27,6 @@ from hydrasurgery.errors import (
 )
 from hydrasurgery.passes import parse, run_pipeline
 from hydrasurgery.passes.base import Pass, PassResult
-from hydrasurgery.regions import ATTENTION
 from tests.families import FusedAttention, PlainDecoder, tiny
 from tests.test_families import half_plan
 

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from hydrasurgery.calibration import LastAttention, watch_taps
+from hydrasurgery.choose import plan_heads
+from hydrasurgery.conversion import rewrite
 from hydrasurgery.errors import PlanError, ProbeError
-from hydrasurgery.plan import plan_heads
-from hydrasurgery.regions import HeadTap, head_taps
-from hydrasurgery.rewrite import rewrite
+from hydrasurgery.ir.taps import HeadTap, head_taps
 from hydrasurgery.selection import METHODS, fuse_scores, score_heads, swap_check
 from hydrasurgery.selection.attention import attention_at
 from hydrasurgery.selection.bench import open_bench

@@ -11,7 +11,7 @@ from hydrasurgery.kernels import registry
 from hydrasurgery.kernels.registry import Machine
 from hydrasurgery.passes import parse, run_pipeline
 from hydrasurgery.passes import select_kernels as module
-from hydrasurgery.rewrite import hybrid_pipeline
+from hydrasurgery.surgery import hybrid_pipeline
 from tests.families import tiny
 from tests.test_families import half_plan
 

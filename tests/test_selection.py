@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hydrasurgery.calibration import BETAS, HALF_LIVES, fit_linear_heads, fit_model, run_model, watch_heads
+from hydrasurgery.choose import plan_heads
 from hydrasurgery.errors import DataError, ProbeError, SequenceLengthError
 from hydrasurgery.evaluation.tasks import KEY_TOKENS, VALUE_TOKENS, Pair
 from hydrasurgery.layers import l2_norm
-from hydrasurgery.plan import plan_heads
 from hydrasurgery.selection import HeadScores, score_heads
 from hydrasurgery.selection.bench import open_bench
 from hydrasurgery.selection.effects import readout

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hydrasurgery.conversion import rewrite
 from hydrasurgery.demo.corpus import training_batch
 from hydrasurgery.demo.teacher import load_teacher
 from hydrasurgery.evaluation import encode_text, evaluate, library_text
 from hydrasurgery.files import atomic_directory
 from hydrasurgery.plan import Plan
-from hydrasurgery.rewrite import rewrite
 from hydrasurgery.transfer import Recipe, Stage, distill
 from hydrasurgery.transfer.start import calibrate
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from hydrasurgery.choose import plan_heads
+from hydrasurgery.costs import forecast, format_bytes
 from hydrasurgery.demo.arms import (
     CONTINUATION,
     LENGTHS,
@@ -23,8 +25,6 @@ from hydrasurgery.demo.teacher import load_teacher
 from hydrasurgery.evaluation import encode_text, library_text
 from hydrasurgery.export import OnnxDecoder, export_onnx
 from hydrasurgery.files import atomic_write_json, atomic_write_text
-from hydrasurgery.forecast import forecast, format_bytes
-from hydrasurgery.plan import plan_heads
 from hydrasurgery.selection import score_heads
 from hydrasurgery.transfer import RECIPES, Recipe
 

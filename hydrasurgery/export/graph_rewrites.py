@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.ir.graphs import ancestors, arguments
 from hydrasurgery.kernels.attention.reference import visible_keys
-from hydrasurgery.passes.base import ancestors, arguments
-from hydrasurgery.raising import ATTENTION
 
 LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
 # A projection of few tokens to THIN times fewer channels than it reads: its launch costs more than its sums.

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from hydrasurgery.errors import ExportError, UnsupportedModelError
 from hydrasurgery.inference.cache import HybridLayer
-from hydrasurgery.regions import refuse_known, using_hydra_attention
+from hydrasurgery.ir.interface import refuse_known, using_hydra_attention
 
 GROWING = ("key", "value")  # states whose dimension 2 is the number of tokens seen; the others have a constant size
 BATCH, LENGTH, PAST = 3, 5, 7  # of the traced example: three sizes that no other dimension is taken for

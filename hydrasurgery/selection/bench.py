@@ -37,7 +37,9 @@ from hydrasurgery.calibration import (
 )
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.regions import HeadTap, Region, head_taps, regions
+from hydrasurgery.ir.region import Region
+from hydrasurgery.ir.stitch import regions
+from hydrasurgery.ir.taps import HeadTap, head_taps
 from hydrasurgery.selection.effects import whole_effect
 
 FIT_TOKENS, FIT_SEQUENCES = 2048, 4  # what the linear stand-ins are fitted on

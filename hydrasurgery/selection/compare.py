@@ -9,8 +9,9 @@ from itertools import combinations
 
 import numpy as np
 
+from hydrasurgery.dialect.names import FULL
 from hydrasurgery.errors import PlanError
-from hydrasurgery.plan import FULL, Plan
+from hydrasurgery.plan import Plan
 from hydrasurgery.selection.scores import HeadScores
 
 SHARE = 1 / 8  # of the heads, that scores are taken to choose

@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydrasurgery.choose import REDUCTIONS, model_shapes
 from hydrasurgery.errors import DataError
 from hydrasurgery.files import atomic_write_text
-from hydrasurgery.plan import REDUCTIONS, LayerPlan, Plan, model_shapes
+from hydrasurgery.plan import LayerPlan, Plan
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 
 UNIT = {"duo-attention": "kv-group", "prulong": "kv-group", "retrieval-head": "head", "qrhead": "head"}

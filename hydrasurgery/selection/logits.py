@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.regions import region_modules
+from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.selection.bench import Bench, Run, frozen
 from hydrasurgery.selection.effects import readout
 

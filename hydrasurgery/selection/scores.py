@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hydrasurgery.errors import DataError
-from hydrasurgery.files import atomic_write_text
-from hydrasurgery.plan import UNITS, ModelInfo, json_lines
+from hydrasurgery.files import atomic_write_text, json_lines
+from hydrasurgery.plan import UNITS, ModelInfo
 
 FORMAT, VERSION = "hydrasurgery-scores", 1
 CRITICAL = 0.01  # paper section 2: an effect above this counts

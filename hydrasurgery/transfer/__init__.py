@@ -4,6 +4,7 @@ from hydrasurgery.transfer.data import Batch, BatchSource, TokenStream, as_sourc
 from hydrasurgery.transfer.losses import SplitModel, language_loss, relative_error
 from hydrasurgery.transfer.recipe import RECIPES, Recipe, Stage, get_recipe
 from hydrasurgery.transfer.stages import TransferResult, distill
+from hydrasurgery.transfer.start import calibrate
 from hydrasurgery.transfer.trainable import addition_names, shared_names, unshare
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TransferResult",
     "addition_names",
     "as_source",
+    "calibrate",
     "distill",
     "get_recipe",
     "language_loss",

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from hydrasurgery.errors import DataError, DivergedError, PlanError
 from hydrasurgery.evaluation.metrics import check_length
-from hydrasurgery.regions import CACHE_ARGUMENTS, region_modules
+from hydrasurgery.ir.outline import CACHE_ARGUMENTS
+from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw, mix_seed
 from hydrasurgery.transfer.losses import SplitModel, evaluating, language_loss, loss_totals, relative_error

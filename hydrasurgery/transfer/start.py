@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydrasurgery.calibration import LinearFit, fit_linear_heads, run_model
-from hydrasurgery.passes.linearize_heads import LINEAR
-from hydrasurgery.regions import ATTENTION, RegionModule, head_taps, region_modules
+from hydrasurgery.dialect.names import ATTENTION, LINEAR_ATTENTION
+from hydrasurgery.ir.region import RegionModule
+from hydrasurgery.ir.stitch import region_modules
+from hydrasurgery.ir.taps import head_taps
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ class _Heads(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is ATTENTION:
             self.full = out
-        elif func is LINEAR:
+        elif func is LINEAR_ATTENTION:
             self.linear = args[:3]
         return out
 
@@ -65,7 +67,7 @@ def _follow(module: RegionModule, tap: nn.Module, fits: dict[str, LinearFit], na
     tap.register_forward_hook(lambda _tap, _args, out: tapped.append(out))
 
     def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
-        teacher = tapped.pop()[:, :, list(module.teacher_heads)]  # in the hybrid's slots
+        teacher = tapped.pop()[:, :, list(module.region.teacher_heads)]  # in the hybrid's slots
         with _Heads() as heads:
             module(*args, **kwargs)
         fit = _fit(module, heads, teacher)
@@ -82,7 +84,7 @@ def _fit(module: RegionModule, heads: _Heads, teacher: Tensor) -> LinearFit | No
     fit = None
     if heads.linear is not None:
         q, k, v = (x.transpose(1, 2) for x in heads.linear)
-        fit = fit_linear_heads(q, k, v, teacher[:, :, linear], rule=module.facts["options"]["rule"])
+        fit = fit_linear_heads(q, k, v, teacher[:, :, linear], rule=module.region.options["rule"])
         if hasattr(added, "decay"):
             added.decay.set_half_life(fit.half_life)
         if hasattr(added, "beta"):

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from hydrasurgery.dialect.names import ATTENTION
 from hydrasurgery.errors import PlanError
-from hydrasurgery.raising import ATTENTION
-from hydrasurgery.regions import RegionModule, region_modules
-from hydrasurgery.state import extend_kv
+from hydrasurgery.ir.region import RegionModule
+from hydrasurgery.ir.state import extend_kv
+from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.recipe import Stage
 
 
@@ -44,7 +45,7 @@ def full_query_key_names(hybrid: nn.Module) -> set[str]:
     """
     frozen: set[str] = set()
     for path, region in region_modules(hybrid).items():
-        for node in region.graph.find_nodes(op="call_function", target=ATTENTION):
+        for node in region.region.find(ATTENTION):
             projections = _matrices_behind(region, node.args[:2])
             fused = projections & _matrices_behind(region, node.args[2:3])
             if fused:

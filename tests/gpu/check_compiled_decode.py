@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, StaticCache
 
 import hydrasurgery as hs
 from hydrasurgery.export import backend
-from hydrasurgery.rewrite import hybrid_pipeline
+from hydrasurgery.surgery import hybrid_pipeline
 
 QWEN3_1_7B = {
     "vocab_size": 151936,

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hydrasurgery.choose import plan_heads
 from hydrasurgery.demo.corpus import build_tokenizer
 from hydrasurgery.demo.teacher import Phase, Recipe, load_teacher, save_teacher, train
 from hydrasurgery.evaluation import needle_pairs
-from hydrasurgery.plan import plan_heads
-from hydrasurgery.regions import capture
+from hydrasurgery.ir.capture import capture
 from hydrasurgery.selection import METHODS, score_heads
 from hydrasurgery.selection.compare import spearman
 from hydrasurgery.selection.swap import swap_check

@@ -12,10 +12,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from hydrasurgery.choose import plan_heads
 from hydrasurgery.demo.teacher import load_teacher
+from hydrasurgery.dialect.names import FULL, LINEAR
 from hydrasurgery.evaluation import make_pairs
-from hydrasurgery.plan import FULL, LINEAR, Plan, plan_heads
-from hydrasurgery.regions import capture
+from hydrasurgery.ir.capture import capture
+from hydrasurgery.plan import Plan
 from hydrasurgery.selection import score_heads, split_half, swap_check
 
 PROBES, SEEDS = ("needle-1", "needle-4"), range(5)

@@ -1,16 +1,16 @@
-"""`rewrite`: the one verb that turns a decoder into a hybrid, by a plan."""
+"""Surgery: the passes that build a layer of given options, and their run over a whole model by a plan."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hydrasurgery.errors import PlanError, UnsupportedModelError
+from hydrasurgery.ir.capture import capture
+from hydrasurgery.ir.region import Region
+from hydrasurgery.ir.stitch import stitch
 from hydrasurgery.options import LayerOptions
 from hydrasurgery.passes import (
     CanonicalizeAttention,
@@ -28,75 +28,25 @@ from hydrasurgery.passes import (
     run_pipeline,
 )
 from hydrasurgery.plan import Plan
-from hydrasurgery.regions import Region, capture, stitch
 
 
 def hybrid_pipeline(layer: LayerOptions | str = "default") -> str:
     """The passes that build a layer of these options, as a pipeline string."""
     options = LayerOptions.of(layer)
     place = PlaceHeads(options.full_rope, options.linear_rope, options.log_length)
-    kind = {"conv": 0} if options.conv == "none" else {"conv_kind": options.conv}
+    conv: dict[str, Any] = {"conv": 0} if options.conv == "none" else {"conv_kind": options.conv}
     steps = [
         CanonicalizeAttention(),
         *([CanonicalizeRotary()] if options.moves_rotary else []),
         SplitHeads(),
         *([place] if place != PlaceHeads() else []),
         *([UntieProjections(), PruneProjections()] if options.untie else []),
-        LinearizeHeads(options.rule, **kind),
+        LinearizeHeads(options.rule, **conv),
         FuseHeads(options.full_norm, options.gate, options.full_gate),
         ThreadState(),
         FuseDecode(),
     ]
     return ",".join(map(str, steps))
-
-
-def share_copy(model: nn.Module) -> nn.Module:
-    """A new tree of modules (and a new config) over the same parameter and buffer tensors."""
-    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, memo)
-
-
-def rewrite(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    layer: LayerOptions | str | None = None,
-    pipeline: str | None = None,
-    example_inputs: Any = None,
-    dump: str | Path | None = None,
-) -> nn.Module:
-    """Turn the heads that `plan` calls linear into linear attention; returns a hybrid, `model` stays the teacher.
-
-    The hybrid is a new tree of modules that shares its parameter tensors with `model`: nothing is copied, and training
-    the shared ones trains both. `hydrasurgery.distill` gives the hybrid its own before it trains them.
-
-    Args:
-        model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`.
-        plan: which head is what.
-        layer: how a layer is built, instead of what the plan says: `hydrasurgery.LayerOptions`, or text such as "hydrahead" (the
-            paper's layer) or "untie=true,conv=none". With `untie`, projections are pruned to the heads that read them where they
-            can be; the pruned ones are new parameters, no longer the teacher's.
-        pipeline: other passes than those of `layer`, as a string.
-        example_inputs: see `hydrasurgery.capture`.
-        dump: a folder for the text of every region around every pass.
-
-    Raises:
-        UnsupportedModelError, PlanError, PassError: naming the module.
-    """
-    if layer is not None and pipeline is not None:
-        raise PlanError("layer and pipeline both say how a layer is built; leave one of them out.")
-    if layer is not None:
-        plan = replace(plan, layer=LayerOptions.of(layer))
-    hybrid = share_copy(model)
-    steps = pipeline or hybrid_pipeline(plan.layer)
-    apply_plan(hybrid, plan, steps, example_inputs, dump)
-    config = getattr(hybrid, "config", None)
-    if config is not None:
-        from hydrasurgery.pretrained import mark
-
-        mark(hybrid, plan, steps)
-    hybrid.train(model.training)
-    return hybrid
 
 
 def apply_plan(

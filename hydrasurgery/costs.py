@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hydrasurgery.dialect.names import FULL
 from hydrasurgery.options import TAPS
-from hydrasurgery.plan import FULL, LayerPlan, Plan, layer_shape
+from hydrasurgery.plan import LayerPlan, Plan, layer_shape
 
 CHUNK = 64  # tokens that the chunked linear kernels take at once
 

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import hydrasurgery.ops  # noqa: F401  (registers hydra::attention)
+from hydrasurgery.dialect.names import ATTENTION, SDPA
 from hydrasurgery.errors import UnsupportedModelError
-
-ATTENTION = torch.ops.hydra.attention.default
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def raise_attention(name: str, graph: fx.Graph) -> bool:

@@ -1,0 +1,84 @@
+"""Conversion: a decoder into a hybrid by a plan, and a hybrid back into the decoder."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hydrasurgery.errors import PlanError, UnsupportedModelError
+from hydrasurgery.ir.stitch import region_modules, replace_module
+from hydrasurgery.options import LayerOptions
+from hydrasurgery.plan import Plan
+from hydrasurgery.pretrained import mark, unmark
+from hydrasurgery.surgery import apply_plan, hybrid_pipeline
+
+
+def rewrite(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    layer: LayerOptions | str | None = None,
+    pipeline: str | None = None,
+    example_inputs: Any = None,
+    dump: str | Path | None = None,
+) -> nn.Module:
+    """Turn the heads that `plan` calls linear into linear attention; returns a hybrid, `model` stays the teacher.
+
+    The hybrid is a new tree of modules that shares its parameter tensors with `model`: nothing is copied, and training
+    the shared ones trains both. `hydrasurgery.distill` gives the hybrid its own before it trains them.
+
+    Args:
+        model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`.
+        plan: which head is what.
+        layer: how a layer is built, instead of what the plan says: `hydrasurgery.LayerOptions`, or text such as "hydrahead" (the
+            paper's layer) or "untie=true,conv=none". With `untie`, projections are pruned to the heads that read them where they
+            can be; the pruned ones are new parameters, no longer the teacher's.
+        pipeline: other passes than those of `layer`, as a string.
+        example_inputs: see `hydrasurgery.capture`.
+        dump: a folder for the text of every region around every pass.
+
+    Raises:
+        UnsupportedModelError, PlanError, PassError: naming the module.
+    """
+    if layer is not None and pipeline is not None:
+        raise PlanError("layer and pipeline both say how a layer is built; leave one of them out.")
+    if layer is not None:
+        plan = replace(plan, layer=LayerOptions.of(layer))
+    hybrid = share_copy(model)
+    steps = pipeline or hybrid_pipeline(plan.layer)
+    apply_plan(hybrid, plan, steps, example_inputs, dump)
+    config = getattr(hybrid, "config", None)
+    if config is not None:
+        mark(hybrid, plan, steps)
+    hybrid.train(model.training)
+    return hybrid
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A new tree of modules (and a new config) over the same parameter and buffer tensors."""
+    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Put the original attention modules back, in place; returns `model`.
+
+    Raises:
+        UnsupportedModelError: for a copy or a loaded checkpoint, which hold no originals.
+    """
+    modules = region_modules(model)
+    for name, module in modules.items():
+        if module.original is None:
+            raise UnsupportedModelError(
+                f"{name} holds no original (a copy or a loaded checkpoint); load the teacher instead"
+            )
+    for name, module in modules.items():
+        assert module.original is not None
+        replace_module(model, name, module.original)
+    unmark(model)
+    return model

@@ -1,0 +1,461 @@
+"""A region: one attention module as a graph, its text, and the module that runs it in the attention's place."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hydrasurgery.dialect.names import FULL, LINEAR
+from hydrasurgery.errors import RegionTextError, UnsupportedModelError
+from hydrasurgery.inference.cache import layer_state
+from hydrasurgery.ir.text import Functions, format_graph, parse_graph, read_options, show_options, unknown_functions
+
+HIDDEN = "hidden-states"  # the role of the input that everything is computed from
+KEPT = ("kept-keys", "kept-values")  # the roles of what the cache holds
+STATE = "state"  # the input that stands for the cache layer, once thread-state has made it
+LETTERS = {FULL: "F", LINEAR: "l"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How a module's call becomes the graph's inputs.
+
+    Attributes:
+        parameters: names of the call's positional parameters.
+        paths: each input with its path into the call's arguments, as in ("position_embeddings_0", ("position_embeddings", 0)).
+        cache: the name of the argument that is a cache, if there is one.
+    """
+
+    parameters: tuple[str, ...] = ()
+    paths: tuple[tuple[str, tuple[str | int, ...]], ...] = ()
+    cache: str | None = None
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments by parameter name."""
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+
+    def flatten(self, bound: dict[str, Any]) -> list[Any]:
+        """Values of the inputs, in order; an absent argument is None."""
+        values = []
+        for _, path in self.paths:
+            value = bound.get(str(path[0]))
+            for step in path[1:]:
+                value = None if value is None else value[step]
+            values.append(value)
+        return values
+
+
+@dataclass(eq=False)
+class Region:
+    """One attention module as a graph. It owns what its module runs: change it, and the module runs the change.
+
+    Assigning `graph` compiles it and drops the one-token graph that was made of the old one. After changes inside a graph call
+    `recompile()`, as for a `torch.fx.GraphModule`; `run_pipeline` does.
+
+    Attributes:
+        name: the module's path in the model.
+        module: the `RegionModule` whose children and parameters the graph calls.
+        num_heads, num_key_value_heads: query heads and KV heads.
+        head_dim, value_dim: widths of a head's keys and values.
+        inputs: how a call becomes the graph's inputs.
+        window, softcap, sinks: the attention's variant.
+        kinds: per slot, "full" or "linear".
+        teacher_heads: which of the original module's heads each slot holds.
+        options: what the passes were told (rule, full_norm, ...) and found (rotary), for later passes and for printing.
+        decoded_by: the pass, as in a pipeline string, that made `decode`.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> region = hs.capture(teacher)[0]
+        >>> region.name, region.num_heads, region.num_key_value_heads
+        ('model.layers.0.self_attn', 16, 8)
+    """
+
+    name: str
+    module: RegionModule
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_dim: int
+    inputs: Inputs = Inputs()
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    kinds: tuple[str, ...] = ()
+    teacher_heads: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    decoded_by: str = ""
+
+    def __post_init__(self) -> None:
+        self.kinds = self.kinds or (FULL,) * self.num_heads
+        self.teacher_heads = self.teacher_heads or tuple(range(self.num_heads))
+        self._graph, self._decode = fx.Graph(), None
+        self.module.region = self
+
+    @property
+    def graph(self) -> fx.Graph:
+        """Inputs are the call's tensors; the output is what the module returns."""
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self._graph, self._decode = graph, None
+        self.recompile()
+
+    @property
+    def decode(self) -> fx.Graph | None:
+        """Another graph for one token that follows a state, outside of training and tracing; None runs `graph` for it too."""
+        return self._decode
+
+    @decode.setter
+    def decode(self, graph: fx.Graph | None) -> None:
+        self._decode = graph
+        self.recompile()
+
+    def recompile(self) -> None:
+        """Let the module run the graphs as they are now."""
+        self.module.take(self)
+
+    @property
+    def full_heads(self) -> tuple[int, ...]:
+        """Slots of the heads that stay softmax attention."""
+        return tuple(h for h, kind in enumerate(self.kinds) if kind == FULL)
+
+    @property
+    def linear_heads(self) -> tuple[int, ...]:
+        """Slots of the heads that become linear attention."""
+        return tuple(h for h, kind in enumerate(self.kinds) if kind == LINEAR)
+
+    @property
+    def source(self) -> fx.Node:
+        """The input of the hidden states [B, T, C]."""
+        return next(n for n in self.graph.nodes if n.op == "placeholder" and n.meta.get("role") == HIDDEN)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width C of the hidden states."""
+        return int(self.source.meta["shape"][-1])
+
+    @property
+    def threaded(self) -> bool:
+        """Whether the graph reads and writes a cache layer: whether thread-state has run."""
+        return any(n.op == "placeholder" and n.target == STATE for n in self.graph.nodes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; the default one where there are none."""
+        return next((p.dtype for p in self.module.parameters()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters; the CPU where there are none."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def key_value_head(self, head: int) -> int:
+        """The KV head that query head `head` reads."""
+        return head * self.num_key_value_heads // self.num_heads
+
+    def find(self, target: Any) -> list[fx.Node]:
+        """Nodes of `graph` that call `target` (an operator, a function or a child's name), in order."""
+        return [node for node in self.graph.nodes if node.target == target]
+
+    def add(self, name: str, added: nn.Module | nn.Parameter) -> str:
+        """Put a module or parameter under `<region>.hydra.<name>`, in the region's dtype and device; returns its path."""
+        if isinstance(added, nn.Parameter):
+            added = nn.Parameter(added.detach().to(device=self.device, dtype=self.dtype), added.requires_grad)
+        else:
+            added = added.to(device=self.device, dtype=self.dtype)
+        setattr(self.module.hydra, name, added)
+        return f"hydra.{name}"
+
+    def draft(self) -> Region:
+        """A copy to be changed: graphs and containers of its own, the same parameters. `adopt` takes what became of it."""
+        draft = copy.copy(self)
+        draft.options = dict(self.options)
+        draft._graph, draft._decode = copy.deepcopy(self._graph), copy.deepcopy(self._decode)
+        draft.module = self.module.shell()
+        draft.module.region = draft
+        return draft
+
+    def adopt(self, draft: Region) -> None:
+        """Become what `draft` is, in place: whoever holds this region or its module holds the new one."""
+        self.module.become(draft.module)
+        vars(self).update({key: value for key, value in vars(draft).items() if key != "module"})
+        self.recompile()
+
+    def __copy__(self) -> Region:
+        new = Region.__new__(Region)
+        vars(new).update(vars(self))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        graphs = {"_graph": self._graph, "_decode": self._decode}
+        lines = {key: None if graph is None else format_graph(graph) for key, graph in graphs.items()}
+        functions = {name: f for graph in graphs.values() if graph for name, f in unknown_functions(graph).items()}
+        return {**vars(self), **lines, "functions": functions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        functions = state.pop("functions")
+        for key in ("_graph", "_decode"):
+            state[key] = None if state[key] is None else parse_graph(state[key], functions)[0]
+        vars(self).update(state)
+        self.module.retake()
+
+    def __str__(self) -> str:
+        paths = {name: ".".join(map(str, path)) for name, path in self.inputs.paths}
+        lines = [
+            f"region {self.name}: {', '.join(self._shape())}",
+            f"  kinds {''.join(map(LETTERS.__getitem__, self.kinds))}",
+        ]
+        if self.teacher_heads != tuple(range(self.num_heads)):
+            lines.append(f"  teacher_heads {self.teacher_heads}")
+        if self.options:
+            lines.append(f"  options {show_options(self.options)}")
+        cache = () if self.inputs.cache is None else (f"cache={self.inputs.cache}",)
+        lines.append(f"  call {', '.join((*self.inputs.parameters, *cache))}".rstrip())
+        lines += (f"  {line}" for line in format_graph(self._graph, paths))
+        if self._decode is not None:
+            lines.append(f"decode by {self.decoded_by}")
+            lines += (f"  {line}" for line in format_graph(self._decode, paths))
+        return "\n".join(lines)
+
+    def _shape(self) -> list[str]:
+        parts = [
+            f"{self.num_heads} heads ({len(self.linear_heads)} linear)",
+            f"{self.num_key_value_heads} KV heads of {self.head_dim}",
+        ]
+        values = None if self.value_dim == self.head_dim else self.value_dim
+        named = (("values of", values), ("window", self.window), ("softcap", self.softcap))
+        return [*parts, *(f"{name} {value}" for name, value in named if value is not None), *["sinks"] * self.sinks]
+
+
+_HEAD = re.compile(
+    r"region (\S*): (\d+) heads \(\d+ linear\), (\d+) KV heads of (\d+)"
+    r"(?:, values of (\d+))?(?:, window (\d+))?(?:, softcap ([\d.e+-]+))?(, sinks)?"
+)
+
+
+def parse_region(text: str, module: nn.Module | None = None, functions: Functions | None = None) -> Region:
+    """The region that `str(region)` wrote: the same graphs, notes and facts.
+
+    A text is a program: what it calls runs when the region runs.
+
+    Args:
+        text: `str(region)`, or text of that form.
+        module: whose children and parameters the graph calls; None for a graph that calls none.
+        functions: what `module:name` in the text stands for; functions of this package need no entry.
+
+    Raises:
+        RegionTextError: naming the line that is not of that form.
+
+    Example:
+        >>> region = parse_region('''
+        ... region attention: 2 heads (0 linear), 1 KV heads of 8
+        ...   kinds FF
+        ...   call
+        ...   %q: [B, 2, T, 8] = input q
+        ...   %k: [B, 1, T, 8] = input k
+        ...   %attention: [B, T, 2, 8] = hydra::attention(%q, %k, %k, scale=0.5)
+        ...   return %attention
+        ... ''')
+        >>> region.num_heads, len(region.graph.nodes)
+        (2, 4)
+    """
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    head = _HEAD.fullmatch(lines[0]) if lines else None
+    if head is None:
+        first = lines[0] if lines else ""
+        raise RegionTextError(f"{first!r} is not of the form `region NAME: H heads (L linear), K KV heads of D`")
+    name, heads, shared, dim, values, window, softcap, sinks = head.groups()
+    given: dict[str, str] = {}
+    body = 1
+    while body < len(lines) and (word := lines[body].partition(" "))[0] in (
+        "kinds",
+        "teacher_heads",
+        "options",
+        "call",
+    ):
+        given[word[0]], body = word[2], body + 1
+    split = next((i for i, line in enumerate(lines) if line.startswith("decode by ")), len(lines))
+    graph, sources = parse_graph(lines[body:split], functions)
+    arguments = [part for part in given.get("call", "").split(", ") if part]
+    region = Region(
+        name,
+        RegionModule(nn.Module() if module is None else module),
+        int(heads),
+        int(shared),
+        int(dim),
+        int(values or dim),
+        inputs=Inputs(
+            tuple(part for part in arguments if "=" not in part),
+            tuple((key, _path(path)) for key, path in sources.items() if key != STATE),
+            next((part.removeprefix("cache=") for part in arguments if "=" in part), None),
+        ),
+        window=None if window is None else int(window),
+        softcap=None if softcap is None else float(softcap),
+        sinks=sinks is not None,
+        kinds=_kinds(given.get("kinds", "F" * int(heads)), lines[0]),
+        teacher_heads=tuple(map(int, re.findall(r"\d+", given.get("teacher_heads", "")))),
+        options=read_options(given.get("options", "")),
+    )
+    region._graph = graph
+    if split < len(lines):
+        region.decoded_by = lines[split].removeprefix("decode by ")
+        region._decode = parse_graph(lines[split + 1 :], functions)[0]
+    region.recompile()
+    return region
+
+
+def _kinds(letters: str, line: str) -> tuple[str, ...]:
+    kinds = {letter: kind for kind, letter in LETTERS.items()}
+    if not set(letters) <= kinds.keys():
+        raise RegionTextError(f"{line!r}: kinds {letters!r} are not letters of {', '.join(kinds)}")
+    return tuple(kinds[letter] for letter in letters)
+
+
+def _path(text: str) -> tuple[str | int, ...]:
+    return tuple(int(step) if step.isdecimal() else step for step in text.split("."))
+
+
+class RegionModule(nn.Module):
+    """Runs a region's graphs in the place of the module it was cut from.
+
+    Same call signature and return structure as that module; its children and parameters are the original objects;
+    what the passes add lives under `.hydra`. Trains, deep-copies and pickles (the copy forgets the original module).
+
+    Attributes:
+        region: the `Region` that says what is run.
+        hydra: what the passes added.
+    """
+
+    region: Region
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        for key, value in owner.__dict__.items():
+            if key not in self.__dict__ and key != "forward":
+                self.__dict__[key] = value
+        self._modules.update(owner._modules)
+        self._parameters.update(owner._parameters)
+        self._buffers.update(owner._buffers)
+        self._non_persistent_buffers_set |= owner._non_persistent_buffers_set
+        self.training = owner.training
+        if not isinstance(owner, RegionModule):
+            self.hydra = nn.Module()
+        self._original = (owner,)  # in a tuple, so that it is no child
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The module this one replaced; None in a copy or a loaded checkpoint."""
+        return self._original[0]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The region's: per slot, "full" or "linear"."""
+        return self.region.kinds
+
+    def take(self, region: Region) -> None:
+        """Compile a region's graphs: `forward` runs them from now on."""
+        self.region = region
+        self._inputs, self._threaded = region.inputs, region.threaded
+        roles = [node.meta.get("role") for node in region.graph.nodes if node.op == "placeholder"]
+        self._hidden = roles.index(HIDDEN) if HIDDEN in roles else 0
+        self._run = _compiled(region.graph)
+        self._run_decode = None if region.decode is None else _compiled(region.decode)
+
+    def retake(self) -> None:
+        """Compile what was unpickled, once both the region and the module are there."""
+        if "_modules" in vars(self) and "_graph" in vars(self.region):
+            self.take(self.region)
+
+    def shell(self) -> RegionModule:
+        """A module over the same children and parameters that may be given others; `hydra` has containers of its own."""
+        new = _clone(self)
+        new.hydra = _clone_tree(self.hydra)
+        return new
+
+    def become(self, shell: RegionModule) -> None:
+        """Hold the children, parameters and buffers of `shell`."""
+        for key in CONTAINERS:
+            vars(self)[key] = vars(shell)[key]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the replaced module's `forward`."""
+        bound = self._inputs.bind(args, kwargs)
+        values = self._inputs.flatten(bound)
+        for (name, _), value in zip(self._inputs.paths, values, strict=True):
+            if not (value is None or isinstance(value, Tensor)):
+                raise UnsupportedModelError(
+                    f"{self._get_name()}: {name} is a {type(value).__name__}, not a tensor; a hybrid reads complete masks: "
+                    "call model.set_attn_implementation('sdpa')"
+                )
+        if self._threaded:
+            state = layer_state(bound.get(self._inputs.cache) if self._inputs.cache else None, self)
+            values.append(state)
+            if self._run_decode is not None and self._continues(state, values[self._hidden]):
+                return self._run_decode(self, *values)
+        return self._run(self, *values)
+
+    @staticmethod
+    def _continues(state: Any, hidden_states: Tensor) -> bool:
+        """Whether this is one token after others, in plain inference. An exported graph must serve any number of tokens, while
+        torch.compile makes a graph of its own for one token."""
+        if state is None or not state.states or torch.is_grad_enabled() or _exporting():
+            return False
+        return hidden_states.shape[1] == 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**{key: value for key, value in vars(self).items() if key not in COMPILED}, "_original": (None,)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.retake()
+
+    def extra_repr(self) -> str:
+        return "".join(map(LETTERS.__getitem__, self.kinds))
+
+
+COMPILED = ("_inputs", "_threaded", "_hidden", "_run", "_run_decode")  # what `take` makes of a region
+CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+def _clone(module: Any) -> Any:
+    """A module of the same class, attributes, children and parameters, in containers of its own."""
+    new = module.__class__.__new__(module.__class__)
+    vars(new).update({key: copy.copy(value) if key in CONTAINERS else value for key, value in vars(module).items()})
+    return new
+
+
+def _clone_tree(module: nn.Module) -> nn.Module:
+    memo: dict[nn.Module, nn.Module] = {}
+
+    def clone(old: nn.Module) -> nn.Module:
+        if old not in memo:
+            memo[old] = _clone(old)
+            memo[old]._modules = {key: None if child is None else clone(child) for key, child in old._modules.items()}
+        return memo[old]
+
+    return clone(module)
+
+
+def _exporting() -> bool:
+    compiler = torch.compiler
+    if compiler.is_dynamo_compiling():
+        return compiler._is_exporting_flag  # dynamo of PyTorch 2.11 takes `is_exporting()` to be True, whatever it is
+    return compiler.is_compiling()
+
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a function of the module and its inputs."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<region>", "exec"), namespace)
+    return namespace["forward"]
