@@ -25,7 +25,7 @@ OPS = {
 @register
 @dataclass(frozen=True)
 class SelectKernels(Pass):
-    """Records the choice of `hydrasurgery.kernels.registry` for long sequences as `node.meta["kernel"]`; printed behind the node.
+    """Records the choice of `hydrasurgery.kernels.registry` for long sequences as `node.meta["kernel"]`; printed after the node.
 
     Every call makes that choice anew from what it is given, so this pass changes nothing: it shows what is to be expected.
 
@@ -46,16 +46,15 @@ class SelectKernels(Pass):
         self.need(region, known, f"dtype is {self.dtype!r}, which torch does not have")
 
     def run(self, region: Region) -> PassResult:
-        like = next(region.module.parameters())
-        machine = machine_of(self.device or like.device)
-        dtype = getattr(torch, self.dtype) if self.dtype else like.dtype
+        machine = machine_of(self.device or region.device)
+        dtype = getattr(torch, self.dtype) if self.dtype else region.dtype
         for node in _operators(region):
             target: Any = node.target
             op = OPS[target]
             mode = self.mode if self.mode in IMPLEMENTATIONS[op][0].modes or self.mode == BACKWARD else FORWARD
             case = Case(mode, dtype, self._sizes(region), frozenset(self._features(region, node)))
             node.meta["kernel"] = choose(op, case, machine).implementation.name
-        return PassResult(region, False)
+        return PassResult(region, True)
 
     def ensures(self, region: Region) -> None:
         left = [n.name for n in _operators(region) if "kernel" not in n.meta]

@@ -80,7 +80,7 @@ def test_decoding_in_one_step_says_the_same(kinds: tuple[str, ...], options: dic
     assert count.calls[RECURRENCE] == 2
     plain = copy.deepcopy(hybrid)
     for module in hs.region_modules(plain).values():
-        module.decode = None
+        module.region.decode = None
     with Count() as count:
         assert torch.allclose(by_token(plain, mask, first)[mask.bool()], found[mask.bool()], atol=1e-5)
     assert count.calls[STEP] == 0

@@ -111,7 +111,7 @@ def test_dumps_hold_every_step(tmp_path: object) -> None:
     model = tiny("qwen3")
     hs.rewrite(model, half_plan(model), dump=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names[0] == "model.layers.0.self_attn.00-captured.txt"
+    assert names[0] == "model.layers.0.self_attn.00-given.txt"
     assert len(names) == 2 * 7
     last = (tmp_path / "model.layers.0.self_attn.05-thread-state.txt").read_text()
     assert "hydra::scale_norm_fusion" in last
@@ -185,7 +185,7 @@ def test_a_hybrid_prints_its_regions() -> None:
         "region model.layers.0.self_attn: 4 heads (2 linear), 2 KV heads of 16, window 8, softcap 50"
     )
     assert "%o_recurrent: [B, T, 2, 16]" in str(second)
-    assert "%hydra_gamma: [2] = hydra.gamma" in str(second)
+    assert "%hydra_gamma: [2] = self.hydra.gamma" in str(second)
 
 
 def test_a_hybrid_is_not_rewritten_again() -> None:

@@ -51,7 +51,7 @@ class Inputs:
         return values
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Region:
     """One attention module as a graph. It owns what its module runs: change it, and the module runs the change.
 
@@ -208,6 +208,9 @@ class Region:
             state[key] = None if state[key] is None else parse_graph(state[key], functions)[0]
         vars(self).update(state)
         self.module.retake()
+
+    def __repr__(self) -> str:
+        return f"<region {self.name}: {', '.join(self._shape())}>"
 
     def __str__(self) -> str:
         paths = {name: ".".join(map(str, path)) for name, path in self.inputs.paths}
