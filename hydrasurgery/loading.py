@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def load_tokenizer(path: str | os.PathLike[str], model: Any = None) -> PreTraine
         raise TokenizerError(
             f"{name}: no tokenizer can be loaded from it ({error}); save one there with tokenizer.save_pretrained"
         ) from error
-    rows = None if model is None else model.get_input_embeddings().weight.shape[0]
+    rows = None if model is None else vocabulary_size(model)
     if rows is not None and len(tokenizer) > rows:
         raise TokenizerError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} embeds {rows}; "

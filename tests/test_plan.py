@@ -17,7 +17,7 @@ from hydrasurgery.errors import PlanError
 from hydrasurgery.forecast import forecast
 from hydrasurgery.plan import FULL, LINEAR, NEEDS_SCORES, STRATEGIES, Plan, plan_heads
 from hydrasurgery.regions import capture
-from hydrasurgery.selection.compare import compare, spearman
+from hydrasurgery.selection.agreement import compare, spearman
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 
 

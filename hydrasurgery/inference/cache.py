@@ -219,9 +219,3 @@ _OURS: dict[type, Callable[[Any], States]] = {
     StaticLayer: lambda old: HybridStaticLayer(old.max_cache_len),
     StaticSlidingWindowLayer: lambda old: HybridStaticSlidingLayer(old.max_cache_len),
 }
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a cache holds: keys, values and states."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, *getattr(layer, "states", {}).values())]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hydrasurgery.decoders import check_length, evaluating, vocabulary_size
 from hydrasurgery.errors import DataError, DivergedError, PlanError
-from hydrasurgery.evaluation.metrics import check_length
 from hydrasurgery.regions import CACHE_ARGUMENTS, region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw, mix_seed
-from hydrasurgery.transfer.losses import SplitModel, evaluating, language_loss, loss_totals, relative_error
+from hydrasurgery.transfer.losses import SplitModel, language_loss, loss_totals, relative_error
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
 from hydrasurgery.transfer.trainable import trainable_names, unshare
 
@@ -128,7 +128,7 @@ class _Run:
         """The batch of `step` in stage number `index`, its tokens known to the model."""
         stage = self.recipe.stages[index]
         batch = draw(self.source, step, stage, self.seed, index)
-        ids, known = batch.inputs["input_ids"], _embedded(self.hybrid)
+        ids, known = batch.inputs["input_ids"], vocabulary_size(self.hybrid)
         if known is not None and not (ids.min() >= 0 and ids.max() < known):
             raise DataError(
                 f"the batch of stage {stage.name!r}, step {step}: token ids from {ids.min()} to {ids.max()}, but the model "
@@ -205,11 +205,6 @@ def _check_models(hybrid: nn.Module, teacher: nn.Module | None, recipe: Recipe) 
     for name in region_modules(hybrid):
         if name not in modules:
             raise PlanError(f"{name} is a region of the hybrid, but the teacher has no module of that name")
-
-
-def _embedded(model: Any) -> int | None:
-    """How many token ids a model knows; None for a plain module, which does not say."""
-    return model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else None
 
 
 def _optimizer(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> torch.optim.Optimizer:
@@ -332,9 +327,7 @@ def _left_as_found(hybrid: nn.Module, teacher: nn.Module | None) -> Iterator[Non
     """Train and eval modes for the block; afterwards modes and `requires_grad` are what they were, gradients gone."""
     models = [model for model in (hybrid, teacher) if model is not None]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in models]
-    with contextlib.ExitStack() as modes:
-        for model in models:
-            modes.enter_context(evaluating(model))
+    with evaluating(*models):
         hybrid.train()
         try:
             yield

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydrasurgery.calibration import LinearFit, fit_linear_heads, run_model
+from hydrasurgery.calibration import LinearFit, fit_linear_heads
+from hydrasurgery.decoders import run_model
 from hydrasurgery.passes.linearize_heads import LINEAR
 from hydrasurgery.regions import ATTENTION, RegionModule, head_taps, region_modules
 

@@ -23,7 +23,7 @@ from hydrasurgery.evaluation import needle_pairs
 from hydrasurgery.plan import plan_heads
 from hydrasurgery.regions import capture
 from hydrasurgery.selection import METHODS, score_heads
-from hydrasurgery.selection.compare import spearman
+from hydrasurgery.selection.agreement import spearman
 from hydrasurgery.selection.swap import swap_check
 
 LENGTH, KEYS, LARGEST = 48, 4, 3

@@ -1,0 +1,152 @@
+"""What every part needs to know of a decoder: how it is called and held still, its modes, and how much it can take."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydrasurgery.errors import SequenceLengthError
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside the block, and each back in its own mode after it, after an error too.
+
+    A module that stands in several of the models, or several times in one, comes back to the mode it had at first.
+
+    Example:
+        >>> with evaluating(student, teacher), torch.no_grad():
+        ...     loss = kl(student(ids).logits, teacher(ids).logits)
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def standing_still(*modules: nn.Module, output: Any) -> Iterator[None]:
+    """Inside the block a call of any of the modules computes nothing and returns `output`.
+
+    The modules' hooks still run. After the block each module's own `forward` is back, one set on the object included.
+
+    Example: a language model's head, run on hidden states [B, T, C] that are there already.
+        >>> with standing_still(model.model, output=BaseModelOutputWithPast(last_hidden_state=hidden_states)):
+        ...     logits = model(input_ids=None, use_cache=False).logits
+    """
+    own = [(vars(module), vars(module).get("forward")) for module in modules]
+    try:
+        for attributes, _ in own:
+            attributes["forward"] = lambda *_args, **_kwargs: output
+        yield
+    finally:
+        for attributes, forward in reversed(own):
+            if forward is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = forward
+
+
+def takes(model: nn.Module, option: str) -> bool:
+    """Whether `forward` names an argument `option`, such as "logits_to_keep"."""
+    return option in inspect.signature(model.forward).parameters
+
+
+def run_model(model: nn.Module, input_ids: Tensor, **options: Any) -> Any:
+    """Call a decoder on `input_ids` [B, T] on its own device, without a cache where it knows of one.
+
+    Args:
+        model: A decoder of transformers, or a plain module whose first argument are the tokens, whatever it calls them.
+        options: Further arguments of its `forward`.
+
+    Returns:
+        What the model gives: an output object, a tuple or a tensor.
+
+    Example:
+        >>> logits = run_model(model, input_ids).logits  # [B, T, vocabulary]
+    """
+    if _understands(model, "use_cache"):
+        options = {"use_cache": False, **options}
+    return model(input_ids.to(_device(model, input_ids)), **options)
+
+
+def logits_at(model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Logits [B, P, vocabulary] at some positions; the model's head runs on those only where the model can do so.
+
+    Args:
+        model: As in `run_model`; its output is the logits, holds them as `.logits`, or is a tuple that begins with them.
+        input_ids: [B, T], no padding.
+        positions: [P] int64, from 0 to T - 1.
+        position_ids: [B, T], for tokens that do not stand at 0 to T - 1; left out for a model that takes none.
+
+    Example:
+        >>> guesses = logits_at(model, input_ids, torch.tensor([input_ids.shape[1] - 1])).argmax(-1)  # [B, 1]
+    """
+    wanted = {"position_ids": position_ids, "logits_to_keep": positions.to(_device(model, input_ids))}
+    options = {name: value for name, value in wanted.items() if value is not None and _understands(model, name)}
+    out = run_model(model, input_ids, **options)
+    logits = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
+    return logits if logits.shape[1] == len(positions) else logits[:, positions.to(logits.device)]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the part that reads text: `model.config`, or what it names as such; None for a plain module."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The longest sequence, in tokens, that the model's positions are made for; None where it states no limit."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
+
+
+def check_length(models: Sequence[nn.Module], length: int) -> None:
+    """Refuse sequences that a model has too few positions for.
+
+    Args:
+        models: Every model that the sequences will be given to.
+        length: Tokens of the longest sequence.
+
+    Raises:
+        SequenceLengthError: `length` is above a model's `position_limit`; the message names both numbers.
+
+    Example:
+        >>> check_length([student, teacher], input_ids.shape[1])
+    """
+    for model in models:
+        limit = position_limit(model)
+        if limit is not None and length > limit:
+            raise SequenceLengthError(
+                f"{type(model).__name__}: the sequence has {length} tokens, the model's position limit is {limit} "
+                "(config.max_position_embeddings); give shorter sequences or extend the model's positions first"
+            )
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids the model knows: rows of its input embedding, or what its config says; None if neither is there."""
+    if hasattr(model, "get_input_embeddings"):
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        return embedding.weight.shape[0]
+    return getattr(text_config(model), "vocab_size", None)
+
+
+def _device(model: nn.Module, input_ids: Tensor) -> torch.device:
+    """Where the model's parameters are; where the tokens are for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), input_ids.device)
+
+
+def _understands(model: nn.Module, option: str) -> bool:
+    """Whether an option may be given: `forward` names it, or takes any and is that of a transformers model."""
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return option in parameters or (anything and hasattr(model, "config"))
