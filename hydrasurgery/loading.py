@@ -116,7 +116,7 @@ def share_parameters(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
     """Let a hybrid that was loaded from disk share again what it has unchanged from its teacher, in place.
 
     A parameter of the same name, shape, type and values becomes the teacher's own object, as `rewrite` leaves it: the
-    first stage of the transfer then trains the additions alone, and no weight is held twice.
+    first stage of the transfer then trains only the additions, and no weight is held twice.
 
     Returns:
         The names of the parameters that are now shared.

@@ -1,4 +1,4 @@
-"""A decoder as a function of tensors alone: what it remembers goes in as tensors and comes out as tensors.
+"""A decoder as a function of tensors and nothing else: what it remembers goes in as tensors and comes out as tensors.
 
 `StatefulDecoder` wraps a Hugging Face decoder (a hybrid or not): `forward(input_ids, attention_mask, position_ids, past)` returns
 `(logits, *present)`, where `past` and `present` hold the keys and values of the kept heads, the convolutions' last inputs and the

@@ -125,7 +125,7 @@ class HybridStaticLayer(States, StaticLayer):
     def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         self._place(key.device)
         held = self.update(key, value)
-        # transformers leaves the mask out for the first tokens alone: they see no further than themselves.
+        # transformers leaves the mask out only for the first tokens: they see no further than themselves.
         return (key, value) if mask is None else held
 
     def write(self, name: str, value: Tensor) -> None:

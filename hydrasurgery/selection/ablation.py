@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.selection.measuring import HeadMeter, open_meter
+from hydrasurgery.selection.plots import draw_arms
 from hydrasurgery.selection.recording import Run
 from hydrasurgery.selection.replay import Edit
 from hydrasurgery.selection.scores import HeadScores
@@ -62,9 +63,7 @@ class AblationCurve:
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw the arms (PNG); ImportError names the extra where matplotlib is missing."""
-        from hydrasurgery.selection.plots import draw_ablation
-
-        return draw_ablation(self, path)
+        return draw_arms(self.counts, self.accuracy, {"random": self.spread}, path)
 
 
 def ablation_curve(

@@ -1,4 +1,4 @@
-"""Scores read off attention patterns: copying the answer, induction and echo. They are correlates, not causes."""
+"""Scores read off attention patterns: copying the answer, induction and echo; correlates, not causes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def retrieval(meter: HeadMeter) -> dict[str, Tensor]:
 
 
 def induction(meter: HeadMeter) -> dict[str, Tensor]:
-    """Mean attention from a token of a repeated sequence to the one behind its earlier occurrence, [P, H].
+    """Mean attention from a token of a repeated sequence to the one after its earlier occurrence, [P, H].
 
     Each pair's sequence is drawn from the tokens of its prompt, so that any vocabulary does.
     """
-    return meter.measure(lambda pair, run: _repeat(meter, run, behind=1))
+    return meter.measure(lambda pair, run: _repeat(meter, run, after=1))
 
 
 def echo(meter: HeadMeter) -> dict[str, Tensor]:
     """Mean attention from a token of a repeated sequence to its own earlier occurrence, [P, H]."""
-    return meter.measure(lambda pair, run: _repeat(meter, run, behind=0))
+    return meter.measure(lambda pair, run: _repeat(meter, run, after=0))
 
 
 def _copied(meter: HeadMeter, pair: Pair, run: Run) -> dict[str, Tensor]:
@@ -51,15 +51,15 @@ def _copied(meter: HeadMeter, pair: Pair, run: Run) -> dict[str, Tensor]:
     }
 
 
-def _repeat(meter: HeadMeter, run: Run, behind: int) -> dict[str, Tensor]:
+def _repeat(meter: HeadMeter, run: Run, after: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(meter.seed)
     tokens = run.ids.cpu().unique()
     size = min(REPEATED, len(run.ids) // 2)
     sequence = tokens[torch.randperm(len(tokens), generator=generator)][:size]
     size = len(sequence)
-    asked = torch.arange(size, 2 * size - 1)  # the last token has none behind its earlier occurrence but itself
+    asked = torch.arange(size, 2 * size - 1)  # the last token has none after its earlier occurrence but itself
     weights = attention_at(meter, sequence.repeat(2).to(run.ids.device), asked)
-    return {name: rows[:, torch.arange(size - 1), asked - size + behind].mean(-1) for name, rows in weights.items()}
+    return {name: rows[:, torch.arange(size - 1), asked - size + after].mean(-1) for name, rows in weights.items()}
 
 
 def attention_at(meter: HeadMeter, ids: Tensor, positions: Tensor) -> dict[str, Tensor]:

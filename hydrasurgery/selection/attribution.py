@@ -29,7 +29,7 @@ def attribution_patching(meter: HeadMeter) -> dict[str, Tensor]:
 
 
 def attribution(meter: HeadMeter) -> dict[str, Tensor]:
-    """The estimate alone, [P, H]."""
+    """The estimate for every head, nothing checked, [P, H]."""
     return meter.measure(lambda pair, run: _estimate(meter, pair, run))
 
 

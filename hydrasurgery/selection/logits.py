@@ -23,7 +23,7 @@ def logit_contribution(meter: HeadMeter) -> dict[str, Tensor]:
 
     w_lh is what the attention module gives with the head's output less what it gives without (so that its output
     projection, gates and biases are taken as they are); the slope of the readout is that of unembedding and final norm
-    at the clean run. What MLPs and later heads make of the write is left out, and so is a norm behind the attention.
+    at the clean run. What MLPs and later heads make of the write is left out, and so is a norm after the attention.
 
     Raises:
         ProbeError: the model's last module is no unembedding.

@@ -23,7 +23,7 @@ def activation_patching(meter: HeadMeter) -> dict[str, Tensor]:
 def unfrozen_patching(meter: HeadMeter) -> dict[str, Tensor]:
     """The same with later attention running: every path from the head to the answer counts, [P, H].
 
-    Replayed from the first changed token on, behind the clean run's keys and values.
+    Replayed from the first changed token on, after the clean run's keys and values.
     """
 
     def score(pair: Pair, run: Run) -> dict[str, Tensor]:

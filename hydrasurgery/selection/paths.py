@@ -26,7 +26,7 @@ def path_patching(meter: HeadMeter) -> dict[str, Tensor]:
 
 
 def sender_patching(meter: HeadMeter) -> dict[str, Tensor]:
-    """What a head's corrupted output does to the answer through chosen heads alone, [P, H].
+    """What a head's corrupted output does to the answer by way of chosen heads only, [P, H].
 
     Chosen at first are the receivers with a mean effect above 0.01. A sender's output reaches the chosen heads of later
     layers, which run, while all others are held at their clean outputs; then only the chosen heads' outputs are
@@ -51,7 +51,7 @@ def _critical(values: dict[str, Tensor]) -> Chosen:
 
 
 def _send(meter: HeadMeter, chosen: Chosen, pair: Pair, run: Run) -> dict[str, Tensor]:
-    """Sender scores of one pair, layer name -> [H]; heads with no chosen one behind them score 0."""
+    """Sender scores of one pair, layer name -> [H]; heads with no chosen one after them score 0."""
     layers = list(meter.taps)
     last = max(number for number, name in enumerate(layers) if chosen[name])
     senders = [(name, head) for name, head in meter.heads(run) if layers.index(name) < last]

@@ -47,12 +47,12 @@ def score_heads(
     - `activation-patching`: the head's corrupted output, later attention held (the paper's receiver score), and
       `activation-patching-unfrozen`: later attention running;
     - `attribution-patching`: the first by one gradient for all heads, the top eighth patched for real; `attribution`:
-      the gradient alone;
-    - `sender-patching` (eq. 11): through the receivers alone, and `path-patching`: the greater of receiver and sender;
+      the gradient only;
+    - `sender-patching` (eq. 11): by way of the receivers only, and `path-patching`: the greater of receiver and sender;
     - `mean-ablation`: the head's mean output; `swap`: its calibrated linear stand-in, `swap-kl` the same in nats of
       divergence at the answer; `gates`: a learned mixture of head and stand-in.
 
-    The others look at the head alone: `logit-contribution`, `retrieval` (copy attention), `induction`, `echo`, and
+    The others change nothing and look at the head: `logit-contribution`, `retrieval` (copy attention), `induction`, `echo`, and
     `reconstruction`, the error of its linear stand-in, which every method measures, for a plan breaks ties by it.
 
     Args:

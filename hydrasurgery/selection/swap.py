@@ -29,7 +29,7 @@ def swap(meter: HeadMeter) -> dict[str, Tensor]:
 
 
 def swap_divergence(meter: HeadMeter) -> dict[str, Tensor]:
-    """KL(clean || swapped) of the answer's tokens in nats, [P, H]; it sees harm that leaves the readout's lead alone."""
+    """KL(clean || swapped) of the answer's tokens in nats, [P, H]; it sees harm that the readout's lead does not show."""
     return _swap(meter, divergence)
 
 
@@ -37,7 +37,7 @@ def _swap(meter: HeadMeter, lost: Callable[[Tensor, Pair], Tensor] | None) -> di
     fits = meter.fits
     with LastAttention(meter.taps) as last:
 
-        def change(name: str, heads: list[int]) -> Tensor:  # in front of its change every row is row 0
+        def change(name: str, heads: list[int]) -> Tensor:  # before its change every row is row 0
             return stand_in(last, fits[name], [0] * len(heads), heads)
 
         return meter.measure(lambda pair, run: meter.effects(pair, run, change, live=True, lost=lost), live=True)

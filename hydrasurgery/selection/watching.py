@@ -16,8 +16,13 @@ Taps = dict[str, HeadTap]  # by the layer's name
 
 
 @contextmanager
-def watch_taps(taps: dict[str, HeadTap], visit: Callable[[str, LastAttention, Tensor], None]) -> Iterator[None]:
-    """While the block lasts, every layer that runs calls visit(name, its attention, its heads' outputs [B, T, H, V])."""
+def watch_taps(taps: Taps, visit: Callable[[str, LastAttention, Tensor], None]) -> Iterator[None]:
+    """Inside the block every layer that runs calls visit(name, its attention, its heads' outputs [B, T, H, V]).
+
+    Example: each layer's queries.
+        >>> with head_taps(model) as taps, watch_taps(taps, lambda name, last, output: queries.update({name: last.q})):
+        ...     model(input_ids)
+    """
     with LastAttention(taps) as last, ExitStack() as stack:
         for name, tap in taps.items():
             hook = tap.register_forward_hook(lambda _tap, _args, out, name=name: visit(name, last, out))
@@ -26,9 +31,18 @@ def watch_taps(taps: dict[str, HeadTap], visit: Callable[[str, LastAttention, Te
 
 
 class LastAttention:
-    """While its block lasts, what the attention that ran last was called with: for edits, which run behind it.
+    """Inside its block, what the attention that ran last was called with: for edits, which run after it.
 
-    q [B, H, T, K], k and v [B, Hk, S, K or V].
+    Attributes:
+        q, k, v: [B, H, T, K], [B, Hk, S, K] and [B, Hk, S, V], rotated.
+        mask: Broadcast to [B, H, T, S], bool (True: may look) or numbers to add; None without one.
+        sinks: [H], or None.
+        options: The other arguments of `hydra::attention`, by name.
+
+    Example:
+        >>> with LastAttention(taps) as last:
+        ...     model(input_ids)
+        ...     last.weights(torch.tensor([3]))  # of the last layer, [B, H, 1, S]
     """
 
     q: Tensor
@@ -38,7 +52,7 @@ class LastAttention:
     sinks: Tensor | None
     options: dict[str, Any]
 
-    def __init__(self, taps: dict[str, HeadTap]) -> None:
+    def __init__(self, taps: Taps) -> None:
         self._taps, self._hooks = taps, ExitStack()
 
     def __enter__(self) -> LastAttention:

@@ -67,7 +67,7 @@ def distill(
 
     Args:
         hybrid: what `rewrite(teacher, plan)` gave; trained in place, on the device it is on.
-        teacher: the model it follows; None if no stage needs one (`lengthen` alone).
+        teacher: the model it follows; None if no stage needs one (only `lengthen`).
         data: a source of batches or tokens; see `hydrasurgery.transfer.as_source`.
         recipe: a preset's name ("hydrahead", "demo"), a `Recipe`, or the path of one saved as JSON.
         out: a folder for metrics and checkpoints; None writes nothing.

@@ -20,7 +20,7 @@ def calibrate(hybrid: nn.Module, teacher: nn.Module, input_ids: Tensor) -> dict[
     """Give each linear head the half-life, beta and gamma that explain its teacher head best; changes `hybrid` in place.
 
     Each hybrid layer is fed the teacher's own hidden states: what is fitted is what its recurrences get there, with or without
-    rotary embedding and behind the short convolution. gamma_h = <o_h, o^_h> / <o^_h, o^_h> with o^ = RMSNorm(o), o_h the
+    rotary embedding and after the short convolution. gamma_h = <o_h, o^_h> / <o^_h, o^_h> with o^ = RMSNorm(o), o_h the
     teacher's; where full heads are normalised too (`full_norm="paper"`) theirs is the same fit to their output in the hybrid.
 
     Args:
