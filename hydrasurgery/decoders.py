@@ -57,7 +57,12 @@ def standing_still(*modules: nn.Module, output: Any) -> Iterator[None]:
 
 
 def takes(model: nn.Module, option: str) -> bool:
-    """Whether `forward` names an argument `option`, such as "logits_to_keep"."""
+    """Whether the model's `forward` names an argument `option`.
+
+    Example:
+        >>> takes(Qwen3ForCausalLM(config), "logits_to_keep")
+        True
+    """
     return option in inspect.signature(model.forward).parameters
 
 
@@ -99,13 +104,22 @@ def logits_at(model: nn.Module, input_ids: Tensor, positions: Tensor, position_i
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the part that reads text: `model.config`, or what it names as such; None for a plain module."""
+    """The config of the part that reads text: `model.config`, or what that names as such; None for a plain module.
+
+    Example:
+        >>> text_config(model).num_hidden_layers
+        28
+    """
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The longest sequence, in tokens, that the model's positions are made for; None where it states no limit."""
+    """The longest sequence, in tokens, that the model's positions are made for; None where it states no limit.
+
+    Example:
+        >>> length = min(4096, position_limit(model) or 4096)
+    """
     limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if limit and limit > 0 else None
 
@@ -133,7 +147,11 @@ def check_length(models: Sequence[nn.Module], length: int) -> None:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """How many token ids the model knows: rows of its input embedding, or what its config says; None if neither is there."""
+    """How many token ids the model knows: rows of its input embedding, or what its config says; None if neither is there.
+
+    Example:
+        >>> fits = len(tokenizer) <= (vocabulary_size(model) or len(tokenizer))
+    """
     if hasattr(model, "get_input_embeddings"):
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         return embedding.weight.shape[0]

@@ -1,4 +1,7 @@
-"""Every error a user can meet. Each message says what is wrong, where (the module's or file's name) and what to do."""
+"""Every error a user can meet.
+
+Each message says what is wrong, where (the module's or file's name) and what to do.
+"""
 
 
 class HydraError(Exception):

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def load_tokenizer(path: str | os.PathLike[str], model: Any = None) -> PreTraine
         raise TokenizerError(
             f"{name}: no tokenizer can be loaded from it ({error}); save one there with tokenizer.save_pretrained"
         ) from error
-    rows = None if model is None else model.get_input_embeddings().weight.shape[0]
+    rows = None if model is None else vocabulary_size(model)
     if rows is not None and len(tokenizer) > rows:
         raise TokenizerError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} embeds {rows}; "
@@ -115,7 +116,7 @@ def share_parameters(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
     """Let a hybrid that was loaded from disk share again what it has unchanged from its teacher, in place.
 
     A parameter of the same name, shape, type and values becomes the teacher's own object, as `rewrite` leaves it: the
-    first stage of the transfer then trains the additions alone, and no weight is held twice.
+    first stage of the transfer then trains only the additions, and no weight is held twice.
 
     Returns:
         The names of the parameters that are now shared.

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
+from hydrasurgery.dialect.names import Rule
 from hydrasurgery.errors import PlanError
-from hydrasurgery.ops import RULES
 
 TAPS = 4  # of the short convolution
-CHOICES = {
-    "rule": RULES,
-    "full_norm": ("exact", "paper"),
-    "conv": ("residual", "native", "none"),
-}
 
 
 @dataclass(frozen=True)
@@ -31,28 +26,29 @@ class LayerOptions:
         log_length: full heads scale q by c = log(p + a) / log(a), a = 500, p tokens after its document's first; else c = 1.
         gate: linear heads have an output gate, 2 sigmoid(W_g x) a head, W_g = 0 at the start: 1.
         full_gate: full heads have that gate too.
-        conv: the short convolution of linear q, k and v: "residual", x + conv(x) behind the rotary embedding, the identity at
+        conv: the short convolution of linear q, k and v: "residual", x + conv(x) after the rotary embedding, the identity at
             the start; "native", as in Gated DeltaNet, SiLU(conv(x)) before it, SiLU(x) at the start; or "none".
         linear_rope: linear heads rotate q and k as the teacher's do.
         untie: linear heads have q, k and v projections of their own (query decomposition), at the start the teacher's.
 
     Raises:
-        PlanError: a value that is none of the above, or a gate of full heads alone.
+        PlanError: a value that is none of the above, or a gate of full heads only.
     """
 
-    rule: str = "gated_delta"
-    full_norm: str = "exact"
+    rule: Rule = "gated_delta"
+    full_norm: Literal["exact", "paper"] = "exact"
     full_rope: bool = True
     log_length: bool = False
     gate: bool = True
     full_gate: bool = False
-    conv: str = "residual"
+    conv: Literal["residual", "native", "none"] = "residual"
     linear_rope: bool = True
     untie: bool = False
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, known = getattr(self, field.name), CHOICES.get(field.name, (True, False))
+            value, known = getattr(self, field.name), get_args(kinds[field.name]) or (True, False)
             if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in known):
                 allowed = ", ".join(map(str, known)).lower()
                 raise PlanError(f"layer option {field.name}={value!r} is not one of {allowed}.")

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.nn.functional import silu
 
-from hydrasurgery.dialect.names import ATTENTION, CAUSAL_CONV, LINEAR, LINEAR_ATTENTION
+from hydrasurgery.dialect.names import ATTENTION, CAUSAL_CONV, LINEAR, LINEAR_ATTENTION, Rule
 from hydrasurgery.ir.graphs import arguments, remove_unused, token_flags
 from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, rotate_tokens, to_heads, to_tokens
@@ -31,7 +31,7 @@ class LinearizeHeads(Pass):
 
     name: ClassVar[str] = "linearize-heads"
     exact: ClassVar[bool] = False
-    rule: Literal["linear", "gated", "delta", "gated_delta"] = "gated_delta"
+    rule: Rule = "gated_delta"
     conv: int = TAPS
     conv_kind: Literal["residual", "native"] = "residual"
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from hydrasurgery.decoders import evaluating
 from hydrasurgery.demo.corpus import build_tokenizer
 from hydrasurgery.demo.teacher import (
     SHIPPED,
@@ -26,7 +27,7 @@ from hydrasurgery.demo.teacher import (
     train,
 )
 from hydrasurgery.errors import DataError, DivergedError, SequenceLengthError
-from hydrasurgery.evaluation.metrics import evaluate, evaluating, kl_to_teacher, perplexity, recall
+from hydrasurgery.evaluation.metrics import evaluate, kl_to_teacher, perplexity, recall
 from hydrasurgery.evaluation.tasks import dense_recall, needles, plain_text
 from hydrasurgery.evaluation.text import encode_text, library_text
 

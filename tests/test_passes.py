@@ -25,7 +25,7 @@ def refused(text: str, pipeline: str, reason: str, kinds: str = "FllF") -> None:
 
 def test_canonicalize_attention_raises_pytorchs_attention() -> None:
     region = after(SDPA, "canonicalize-attention")
-    holds(region, "%attention_1: [B, T, 4, 8] = hydra::attention(%q, %k, %v, None, scale=0.5)")
+    holds(region, "%attention_default: [B, T, 4, 8] = hydra::attention(%q, %k, %v, None, scale=0.5)")
     assert calls(region, "aten::scaled_dot_product_attention") == 0
 
 
@@ -81,7 +81,9 @@ def test_split_heads_gives_each_kind_its_heads() -> None:
         """,
     )
     assert calls(after(PLAIN, "split-heads", kinds="FFFF"), "hydra::attention") == 1
-    holds(after(PLAIN, "split-heads", kinds="lFll"), "%k_full: [B, 1, T, 8] = select_heads(%k, (0,), 1) {role=kept-keys}")
+    holds(
+        after(PLAIN, "split-heads", kinds="lFll"), "%k_full: [B, 1, T, 8] = select_heads(%k, (0,), 1) {role=kept-keys}"
+    )
     refused(SDPA, "split-heads", "run canonicalize-attention first")
 
 
@@ -131,7 +133,9 @@ def test_order_heads_deals_the_slots_anew() -> None:
 
 
 def test_place_heads_drops_rotary_embeddings_and_scales_by_length() -> None:
-    region = after(ROTARY, "canonicalize-rotary,split-heads,place-heads{full_rope=false,log_length=true}", projections())
+    region = after(
+        ROTARY, "canonicalize-rotary,split-heads,place-heads{full_rope=false,log_length=true}", projections()
+    )
     holds(
         region,
         """

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hydrasurgery.choose import plan_heads
 from hydrasurgery.errors import DataError, ProbeError
 from hydrasurgery.selection import ablation_curve, score_heads
-from hydrasurgery.selection.plots import KINDS, coverage, draw_plan
+from hydrasurgery.selection.plots import coverage, draw_plan
+from hydrasurgery.selection.scores import PICTURES
 from tests.planted import Planted, planted_pairs
 
 
@@ -22,7 +23,7 @@ def planted():
     return model, pairs, score_heads(model, pairs=pairs, method="mean-ablation", progress=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURES)
 def test_every_kind_is_one_png(planted, tmp_path, kind):
     pytest.importorskip("matplotlib")
     path = planted[2].plot(tmp_path / "deep" / "picture.png", kind)
@@ -34,7 +35,7 @@ def test_an_unknown_kind_or_no_matplotlib_is_said(planted, tmp_path, monkeypatch
     with pytest.raises(DataError, match="map, groups, histogram, coverage"):
         planted[2].plot(tmp_path / "x.png", "pie")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for kind in KINDS:
+    for kind in PICTURES:
         with pytest.raises(ImportError, match=r"hydrasurgery\[plot\]"):
             planted[2].plot(tmp_path / "x.png", kind)
     assert not list(tmp_path.iterdir())

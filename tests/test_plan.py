@@ -19,7 +19,7 @@ from hydrasurgery.dialect.names import FULL, LINEAR
 from hydrasurgery.errors import PlanError
 from hydrasurgery.ir.capture import capture
 from hydrasurgery.plan import Plan
-from hydrasurgery.selection.compare import compare, spearman
+from hydrasurgery.selection.agreement import compare, spearman
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 
 

@@ -6,22 +6,26 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hydrasurgery.calibration import LastAttention, watch_taps
 from hydrasurgery.choose import plan_heads
 from hydrasurgery.conversion import rewrite
 from hydrasurgery.errors import PlanError, ProbeError
 from hydrasurgery.ir.taps import HeadTap, head_taps
 from hydrasurgery.selection import METHODS, fuse_scores, score_heads, swap_check
 from hydrasurgery.selection.attention import attention_at
-from hydrasurgery.selection.bench import open_bench
 from hydrasurgery.selection.effects import readout
-from hydrasurgery.selection.scorers import CAUSAL, SCORERS
+from hydrasurgery.selection.measuring import open_meter
+from hydrasurgery.selection.scorers import SCORERS
+from hydrasurgery.selection.watching import LastAttention, watch_taps
 from hydrasurgery.transfer.start import calibrate
 from tests.families import FusedAttention, GroupedAttention, PlainDecoder, tiny
 from tests.planted import HEADS, LAYERS, Planted, planted_pairs
 from tests.test_selection import OneLinearLayer, Recorder, answered_pairs, measured, tiny_model
 
 SEEDS = (0, 1, 2)
+FINDING = (  # those that change the head, without sender-patching, for which the finder is no sender; and two that look
+    "activation-patching activation-patching-unfrozen attribution-patching attribution path-patching mean-ablation swap swap-kl "
+    "gates logit-contribution retrieval"
+).split()
 THROUGH = ("activation-patching-unfrozen", "path-patching", "mean-ablation")  # they see the carrier of the value too
 
 
@@ -50,7 +54,7 @@ def check_found(rank):
         assert rank(model, planted_pairs(model))[0] == model.finders[0]
 
 
-@pytest.mark.parametrize("method", [m for m in (*CAUSAL, "logit-contribution", "retrieval") if m != "sender-patching"])
+@pytest.mark.parametrize("method", FINDING)
 def test_the_planted_head_is_first(method):
     count = 2 if method == "gates" else 6  # forty steps a pair
     check_found(lambda model, pairs: ranking(model, pairs[:count], method))
@@ -207,7 +211,7 @@ def test_attribution_is_exact_where_the_readout_is_linear_and_verified_at_the_to
 def test_a_swapped_head_is_the_calibrated_hybrid():
     model = tiny_model()
     pairs = answered_pairs(model, 2)
-    got, bench = measured(model, pairs, "swap")
+    got, meter = measured(model, pairs, "swap")
     lost, _ = measured(model, pairs, "swap-kl")
     ids = torch.stack([pair.clean_ids for pair in pairs])
     for at in ((0, 1), (2, 3)):
@@ -223,7 +227,7 @@ def test_a_swapped_head_is_the_calibrated_hybrid():
             p, other = clean.log_softmax(-1), z.log_softmax(-1)
             kl = (p.exp() * (p - other)).sum(-1).mean()
             torch.testing.assert_close(lost[number, at[0], at[1]], kl, atol=1e-5, rtol=1e-3)
-    assert bench.fits.keys() == {f"model.layers.{i}.self_attn" for i in range(3)}
+    assert meter.fits.keys() == {f"model.layers.{i}.self_attn" for i in range(3)}
 
 
 def test_contributions_to_the_logits_sum_to_the_attention_part():
@@ -293,11 +297,11 @@ def test_induction_and_echo_are_means_of_the_weights():
     model = tiny_model()
     pairs = answered_pairs(model, 1)
     behind, own = (measured(model, pairs, m)[0][0] for m in ("induction", "echo"))
-    with open_bench(model, pairs) as bench:
+    with open_meter(model, pairs) as meter:
         tokens = pairs[0].clean_ids.unique()
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
         once = tokens[order][:7]
-        weights = torch.stack(list(attention_at(bench, once.repeat(2), torch.arange(14)).values()))
+        weights = torch.stack(list(attention_at(meter, once.repeat(2), torch.arange(14)).values()))
     size = len(once)
     for got, shift in ((behind, 1), (own, 0)):
         parts = [weights[:, :, t, t - size + shift] for t in range(size, 2 * size - 1)]
@@ -380,13 +384,13 @@ def test_what_is_in_front_of_a_change_is_run_once(family):
     """Rows that join at the changed layer, behind recorded keys, and leave as the answer's tokens give what whole ones give."""
     model = tiny(family)
     pair = answered_pairs(model, 1, vocabulary=90)[0]
-    with open_bench(model, [pair], batch_size=3) as bench:
-        assert bench.joins
-        assert bench.resumes
-        joined = [SCORERS[method](bench) for method in LIVE]
-        assert not any("forward" in vars(block) for block in bench.blocks.values())
-        bench.joins = bench.resumes = False
-        whole = [SCORERS[method](bench) for method in LIVE]
+    with open_meter(model, [pair], batch_size=3) as meter:
+        assert meter.replayer.joins
+        assert meter.replayer.resumes
+        joined = [SCORERS[method](meter) for method in LIVE]
+        assert not any("forward" in vars(block) for block in meter.replayer.blocks.values())
+        meter.replayer.joins = meter.replayer.resumes = False
+        whole = [SCORERS[method](meter) for method in LIVE]
     for found, expected in zip(joined, whole, strict=True):
         for name, values in expected.items():
             torch.testing.assert_close(found[name], values, atol=1e-4, rtol=1e-3)
@@ -412,7 +416,7 @@ def test_rows_that_join_at_the_tap_are_rows_of_the_whole_attention(attention):
 @torch.no_grad()
 def test_keys_and_hidden_states_are_kept_for_live_replays_alone():
     model = tiny_model()
-    with open_bench(model, answered_pairs(model, 1)) as bench:
+    with open_meter(model, answered_pairs(model, 1)) as meter:
         for options, live in (({}, False), ({"whole": True}, False), ({"live": True}, True)):
-            (_, run), *_ = bench.runs(**options)
+            (_, run), *_ = meter.runs(**options)
             assert (bool(run.attended), bool(run.leaving)) == (live, live)

@@ -217,7 +217,7 @@ def _exact_decode(inputs: Inputs) -> Outputs:
 
 
 def _fla_recurrence(inputs: Inputs) -> Outputs:
-    """The recurrence, the gates and the L2 norms alone: no convolution, no norm and gate of the output."""
+    """The recurrence, the gates and the L2 norms only: no convolution, no norm and gate of the output."""
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
     q, k, v, g, beta = (inputs[name][:, None] for name in ("q", "k", "v", "decay", "beta"))
@@ -303,7 +303,7 @@ def _fusion_backward_inputs(layer: Layer, length: int, device: torch.device, dty
 
 
 def _fusion_floor(all_heads: int, linear_heads: int, gates: int) -> Callable[[Layer, int], tuple[float, float]]:
-    """How many bf16 tensors of all heads, of linear heads alone, and of gates are read or written."""
+    """How many bf16 tensors of all heads, of only linear heads, and of gates are read or written."""
 
     def floor(layer: Layer, length: int) -> tuple[float, float]:
         channels = layer.dim * (all_heads * layer.heads + linear_heads * layer.linear) + gates * layer.linear

@@ -26,7 +26,7 @@ MIXTURE = (("needles", 0.45), ("dense", 0.40), ("text", 0.15))
 def build_tokenizer(text: str | None = None) -> PreTrainedTokenizerFast:
     """Train the demo's tokenizer: 512 byte-level BPE pieces, then 128 key tokens, 64 value tokens and pad, bos, eos.
 
-    Byte-level, so that every Unicode text encodes and decodes to itself; a bos token is put in front, padding is left.
+    Byte-level, so that every Unicode text encodes and decodes to itself; a bos token comes first, padding is left.
 
     Args:
         text: what the pieces are learned from; by default the training split of the Python reference.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 import hydrasurgery.ops  # noqa: F401  (registers the operators)
@@ -16,4 +18,5 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 FULL, LINEAR = "full", "linear"
 KINDS = (FULL, LINEAR)
-RULES = ("linear", "gated", "delta", "gated_delta")
+Rule = Literal["linear", "gated", "delta", "gated_delta"]
+RULES = get_args(Rule)

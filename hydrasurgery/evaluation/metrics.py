@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from hydrasurgery.errors import DataError, SequenceLengthError
+from hydrasurgery.decoders import check_length, evaluating, logits_at, takes, vocabulary_size
+from hydrasurgery.errors import DataError
 from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, has_symbols, needles, plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEMORY_BYTES = 2**30
+VOCABULARY = 2**17  # taken for a model that does not say its own
 
 
 @torch.no_grad()
@@ -178,19 +178,6 @@ def _divergence(log_teacher: Tensor, log_student: Tensor) -> float:
     return (log_teacher.exp() * (log_teacher - log_student)).double().sum().item()
 
 
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside the block, and each back in its own mode after it."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _logits(
     models: Sequence[nn.Module], input_ids: Tensor, positions: Tensor, memory_bytes: int
 ) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
@@ -200,50 +187,15 @@ def _logits(
     each slice of positions: slower, and the only way that leaves the model's own head (scaling, softcap) in charge.
     """
     check_length(models, input_ids.shape[1])
-    per_position = 4 * max(_vocabulary(m) for m in models)
+    per_position = 4 * max(vocabulary_size(m) or VOCABULARY for m in models)
     rows = max(1, memory_bytes // (per_position * len(positions)))
-    sliced = all(_takes(m, "logits_to_keep") for m in models)
+    sliced = all(takes(m, "logits_to_keep") for m in models)
     places = max(1, memory_bytes // per_position) if sliced else len(positions)
     with evaluating(*models):
         for start in range(0, len(input_ids), rows):
             chunk = slice(start, min(start + rows, len(input_ids)))
             for part in positions.split(places):
-                yield chunk, part, [_forward(m, input_ids[chunk], part) for m in models]
-
-
-def _forward(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-    device = next((p.device for p in model.parameters()), input_ids.device)
-    options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
-    sliced = _takes(model, "logits_to_keep")
-    if sliced:
-        options["logits_to_keep"] = positions.to(device)
-    logits = model(input_ids=input_ids.to(device), **options).logits
-    return logits if sliced else logits[:, positions.to(logits.device)]
-
-
-def _takes(model: nn.Module, option: str) -> bool:
-    return option in inspect.signature(model.forward).parameters
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config = _text_config(model)
-    return getattr(config, "vocab_size", None) or 2**17
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def check_length(models: Sequence[nn.Module], length: int) -> None:
-    """Raise SequenceLengthError if `length` tokens are more than a model has positions for."""
-    for model in models:
-        limit = getattr(_text_config(model), "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise SequenceLengthError(
-                f"{type(model).__name__}: the sequence has {length} tokens, the model's position limit is {limit} "
-                "(config.max_position_embeddings); give shorter sequences or extend the model's positions first"
-            )
+                yield chunk, part, [logits_at(m, input_ids[chunk], part) for m in models]
 
 
 def _windows(token_ids: Tensor, window: int) -> Tensor:

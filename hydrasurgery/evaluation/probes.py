@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Ids = list[int]
 HOPS = 1  # names between the question and the value
-SHOTS = 6  # solved examples in front of a control's question
+SHOTS = 6  # solved examples before a control's question
 
 
 def variable_pairs(
@@ -114,7 +114,7 @@ def _question_pairs(
     task: str,
     text_ids: Tensor | None,
 ) -> list[Pair]:
-    """Pairs of questions that differ in one part, with solved lines and text in front."""
+    """Pairs of questions that differ in one part, with solved lines and text before them."""
     rng, text = np.random.default_rng(seed), Text(tokenizer, text_ids)
     coded = [tuple(map(text.encode, line)) for line in lines]
     end, pairs = text.encode("."), []

@@ -300,7 +300,7 @@ class Text:
         self.ids, self.prefix = _text(tokenizer, text_ids), _prefix(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, nothing put in front."""
+        """Token ids of `text`, nothing put before them."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def fill(self, length: int, used: int, rng: np.random.Generator, task: str) -> list[int]:
@@ -442,7 +442,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, text_ids: Tensor | None) -> np.nda
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens this tokenizer puts in front of a text (bos, or nothing)."""
+    """The tokens this tokenizer puts before a text (bos, or nothing)."""
     with_special, without = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     return with_special[: with_special.index(without[0])]
 

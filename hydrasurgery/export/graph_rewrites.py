@@ -18,7 +18,9 @@ from hydrasurgery.dialect.names import ATTENTION
 from hydrasurgery.ir.graphs import ancestors, arguments
 from hydrasurgery.kernels.attention.reference import visible_keys
 
-LARGEST = 8192  # tokens: a mask whose formula holds a larger number is left alone, for trying it would need more memory
+LARGEST = (
+    8192  # tokens: a mask whose formula holds a larger number is left as it is, for trying it would need more memory
+)
 # A projection of few tokens to THIN times fewer channels than it reads: its launch costs more than its sums.
 FEW_TOKENS, THIN = 8, 16
 TALL = 65536  # rows of a weight whose product fills a card even for one token: a vocabulary's
@@ -27,7 +29,7 @@ TALL = 65536  # rows of a weight whose product fills a card even for one token: 
 def drop_causal_masks(graph: fx.GraphModule) -> int:
     """An attention whose mask is the causal one, whatever the sizes, gets `causal=True` in its place; says how many did.
 
-    A mask that depends on sizes alone is computed for short sequences and for some longer than every number in its formula,
+    A mask that depends only on sizes is computed for short sequences and for some longer than every number in its formula,
     and compared. Kernels skip what a causal flag hides, and
     the mask [B, 1, T, S] is never made.
     """
@@ -82,7 +84,7 @@ def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], s
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
                 values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
-    except Exception:  # not made of sizes alone, or these sizes do not fit: nothing is known of this mask
+    except Exception:  # not made of only sizes, or these sizes do not fit: nothing is known of this mask
         return False
     found = values[mask]
     if not isinstance(found, torch.Tensor) or found.dim() != 4 or found.dtype != torch.bool:

@@ -41,7 +41,6 @@ TARGETS = {
 }
 # While a graph is being built its opset is older than 27: the operators of 27 stand in a domain of their own until the end.
 PENDING = "pending27"
-RULES = frozenset({"linear", "gated", "delta", "gated_delta"})
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""An exported decoder in ONNX Runtime: one step, and a greedy loop. NumPy in, NumPy out; PyTorch is not needed to run it."""
+"""An exported decoder in ONNX Runtime, a step or a greedy loop at a time: NumPy in, NumPy out, no PyTorch needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder as a function of tensors alone: what it remembers goes in as tensors and comes out as tensors.
+"""A decoder as a function of tensors and nothing else: what it remembers goes in as tensors and comes out as tensors.
 
 `StatefulDecoder` wraps a Hugging Face decoder (a hybrid or not): `forward(input_ids, attention_mask, position_ids, past)` returns
 `(logits, *present)`, where `past` and `present` hold the keys and values of the kept heads, the convolutions' last inputs and the
@@ -8,7 +8,6 @@ recurrent states, in the order of `slots`. `trace` gives its `torch.export` prog
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hydrasurgery.decoders import evaluating, takes
 from hydrasurgery.errors import ExportError, UnsupportedModelError
 from hydrasurgery.inference.cache import HybridLayer
 from hydrasurgery.ir.interface import refuse_known, using_hydra_attention
@@ -72,7 +72,7 @@ class StatefulDecoder(nn.Module):
     def __init__(self, model: nn.Module, slots: tuple[Slot, ...] | None) -> None:
         super().__init__()
         self.model, self.slots = model, slots
-        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._positions = takes(model, "position_ids")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: tuple[Tensor, ...] = ()
@@ -150,19 +150,16 @@ class Traced:
 @contextlib.contextmanager
 def exportable(model: Any) -> Iterator[None]:
     """For the time of the block: eval mode, attention as `hydra::attention`, experts as plain batched products."""
-    training = {module: module.training for module in model.modules()}
     experts = model.get_experts_implementation() if _has_experts(model) else None
-    try:
-        model.eval()
-        if experts is not None:
-            model.set_experts_implementation("batched_mm")
-        with using_hydra_attention(model):
-            yield
-    finally:
-        if experts is not None:
-            model.set_experts_implementation(experts)
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model):
+        try:
+            if experts is not None:
+                model.set_experts_implementation("batched_mm")
+            with using_hydra_attention(model):
+                yield
+        finally:
+            if experts is not None:
+                model.set_experts_implementation(experts)
 
 
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)

@@ -1,0 +1,1 @@
+"""What hybrids need while they generate."""

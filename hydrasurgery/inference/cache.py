@@ -125,7 +125,7 @@ class HybridStaticLayer(States, StaticLayer):
     def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         self._place(key.device)
         held = self.update(key, value)
-        # transformers leaves the mask out for the first tokens alone: they see no further than themselves.
+        # transformers leaves the mask out only for the first tokens: they see no further than themselves.
         return (key, value) if mask is None else held
 
     def write(self, name: str, value: Tensor) -> None:
@@ -219,9 +219,3 @@ _OURS: dict[type, Callable[[Any], States]] = {
     StaticLayer: lambda old: HybridStaticLayer(old.max_cache_len),
     StaticSlidingWindowLayer: lambda old: HybridStaticSlidingLayer(old.max_cache_len),
 }
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a cache holds: keys, values and states."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, *getattr(layer, "states", {}).values())]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

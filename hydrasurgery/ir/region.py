@@ -97,7 +97,8 @@ class Region:
     def __post_init__(self) -> None:
         self.kinds = self.kinds or (FULL,) * self.num_heads
         self.teacher_heads = self.teacher_heads or tuple(range(self.num_heads))
-        self._graph, self._decode = fx.Graph(), None
+        self._graph: fx.Graph = fx.Graph()
+        self._decode: fx.Graph | None = None
         self.module.region = self
 
     @property

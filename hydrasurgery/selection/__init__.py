@@ -1,7 +1,7 @@
 """Which heads matter: probes, scorers, score files and their pictures."""
 
 from hydrasurgery.selection.ablation import ablation_curve
-from hydrasurgery.selection.compare import compare
+from hydrasurgery.selection.agreement import compare
 from hydrasurgery.selection.formats import read_scores, write_scores
 from hydrasurgery.selection.fusion import confidence, fuse_scores, split_half
 from hydrasurgery.selection.scorers import METHODS

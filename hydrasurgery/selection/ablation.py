@@ -13,29 +13,31 @@ from torch import Tensor, nn
 
 from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.selection.bench import Bench, Edit, Run, open_bench
-from hydrasurgery.selection.effects import effects
+from hydrasurgery.selection.measuring import HeadMeter, open_meter
+from hydrasurgery.selection.plots import draw_arms
+from hydrasurgery.selection.recording import Run
+from hydrasurgery.selection.replay import Edit
 from hydrasurgery.selection.scores import HeadScores
 
 
-def mean_ablation(bench: Bench) -> dict[str, Tensor]:
+def mean_ablation(meter: HeadMeter) -> dict[str, Tensor]:
     """Share of the corruption's effect that is lost when the head's output is its mean, other heads running, [P, H].
 
     A corruption turns the readout's lead over; an ablation that leaves answer and distractor equal therefore scores
     about 0.5, not 1.
     """
-    means = mean_outputs(bench)
+    means = mean_outputs(meter)
 
     def change(name: str, heads: list[int]) -> Tensor:
         return means[name][heads][:, None]
 
-    return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True), live=True)
+    return meter.measure(lambda pair, run: meter.effects(pair, run, change, live=True), live=True)
 
 
-def mean_outputs(bench: Bench) -> dict[str, Tensor]:
+def mean_outputs(meter: HeadMeter) -> dict[str, Tensor]:
     """Each head's mean output over all tokens of the clean prompts that can be used: layer name -> [H, D]."""
-    device = next(bench.model.parameters()).device
-    rows = bench.measure(lambda pair, run: {name: x.float().mean(0) for name, x in run.clean.items()}, whole=True)
+    device = next(meter.model.parameters()).device
+    rows = meter.measure(lambda pair, run: {name: x.float().mean(0) for name, x in run.clean.items()}, whole=True)
     return {name: means.mean(0).to(device) for name, means in rows.items()}
 
 
@@ -61,9 +63,7 @@ class AblationCurve:
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw the arms (PNG); ImportError names the extra where matplotlib is missing."""
-        from hydrasurgery.selection.plots import draw_ablation
-
-        return draw_ablation(self, path)
+        return draw_arms(self.counts, self.accuracy, {"random": self.spread}, path)
 
 
 def ablation_curve(
@@ -97,18 +97,18 @@ def ablation_curve(
     rng = random.Random(seed)
     orders = [ranking, ranking[::-1], *(sorted(ranking, key=lambda _: rng.random()) for _ in range(draws))]
     sets = [set(order[:count]) for order in orders for count in counts]
-    with open_bench(model, pairs, batch_size=batch_size, rows=rows, seed=seed) as bench:
-        means = mean_outputs(bench)
+    with open_meter(model, pairs, batch_size=batch_size, rows=rows, seed=seed) as meter:
+        means = mean_outputs(meter)
 
         def right(pair: Pair, run: Run) -> dict[str, Tensor]:
             parts = []
             for start in range(0, len(sets), rows):
                 chosen = sets[start : start + rows]
-                guesses = bench.replay(run, len(chosen), _ablated(means, chosen)).argmax(-1).cpu()
+                guesses = meter.replayer.replay(run, len(chosen), _ablated(means, chosen)).argmax(-1).cpu()
                 parts.append((guesses == pair.answer_ids).all(-1).float())
             return {"all": torch.cat(parts)}
 
-        found = bench.measure(right, whole=True)["all"].mean(0).view(len(orders), len(counts))
+        found = meter.measure(right, whole=True)["all"].mean(0).view(len(orders), len(counts))
     arms = {"top": found[0], "bottom": found[1]} | ({"random": found[2:].mean(0)} if draws else {})
     spread = found[2:].std(0, correction=0) if draws else torch.zeros(len(counts))
     return AblationCurve(counts, {arm: tuple(v.tolist()) for arm, v in arms.items()}, tuple(spread.tolist()))

@@ -1,18 +1,15 @@
-"""The readout of an answer (paper section 2, eq. 9), and what changed heads cost it (eq. 10)."""
+"""The readout of an answer (paper section 2, eq. 9), and numbers for what a change does to it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hydrasurgery.evaluation.tasks import Pair
-
-if TYPE_CHECKING:
-    from hydrasurgery.selection.bench import Bench, Change, Head, Run
+from hydrasurgery.selection.recording import Head, Run
 
 DISCOUNT = 0.9
 
@@ -29,34 +26,6 @@ def readout(logits: Tensor, pair: Pair) -> Tensor:
 def whole_effect(pair: Pair, run: Run) -> Tensor:
     """m(x) - m(x'), the denominator of eq. 10."""
     return readout(run.clean_logits, pair) - readout(run.corrupt_logits, pair)
-
-
-def effects(
-    bench: Bench,
-    pair: Pair,
-    run: Run,
-    change: Change,
-    *,
-    live: bool,
-    heads: Sequence[Head] | None = None,
-    lost: Callable[[Tensor, Pair], Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """What each changed head costs, layer name -> [H]; 0 for heads that are not in `heads`.
-
-    `lost(logits [1 + N, A, V], pair)` -> [N] says what a change costs against row 0; by default eq. 10, the share of
-    the corruption's whole effect on the readout.
-    """
-    whole = whole_effect(pair, run)
-
-    def share(logits: Tensor, pair: Pair) -> Tensor:
-        scores = readout(logits, pair)
-        return (scores[0] - scores[1:]) / whole
-
-    found = {name: torch.zeros(run.clean[name].shape[1]) for name in bench.taps}
-    for batch, logits in bench.sweep(run, change, live=live, heads=heads):
-        for (name, head), effect in zip(batch, (lost or share)(logits, pair).float().cpu(), strict=True):
-            found[name][head] = effect
-    return found
 
 
 def divergence(logits: Tensor, _pair: Pair) -> Tensor:

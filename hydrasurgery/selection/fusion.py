@@ -35,7 +35,7 @@ def fuse_scores(
 
     Args:
         capabilities: Name -> scores with samples (of any method but `reconstruction`); controls among them lift heads
-            that retrieval alone would let go.
+            that retrieval by itself would let go.
         weights: Name -> weight, 1 where none is given.
         how: "mean" or "max" over capabilities.
 

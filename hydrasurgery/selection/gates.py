@@ -5,25 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hydrasurgery.calibration import LastAttention, LinearFit
-from hydrasurgery.selection.bench import Bench, Run
+from hydrasurgery.calibration import LinearFit
+from hydrasurgery.selection.measuring import HeadMeter
+from hydrasurgery.selection.recording import Run
 from hydrasurgery.selection.swap import stand_in
+from hydrasurgery.selection.watching import LastAttention
 
 STEPS, RATE, PRICE = 40, 0.1, 0.05  # Adam's steps a pair and its rate; nats that all heads together cost
 
 
-def learned_gates(bench: Bench) -> dict[str, Tensor]:
+def learned_gates(meter: HeadMeter) -> dict[str, Tensor]:
     """alpha of O <- alpha O + (1 - alpha) O^, learned for each pair from alpha = 1: [P, H] in [0, 1].
 
     The loss is KL(clean || gated) at the answer plus 0.05 times the mean gate, so a gate stays open only where it saves
     divergence. In the backward pass the stand-ins O^ are constants; later heads' softmax outputs are not.
     """
-    fits = bench.fits
-    with LastAttention(bench.taps) as last:
-        return bench.measure(lambda pair, run: _learn(bench, run, last, fits), whole=True)
+    fits = meter.fits
+    with LastAttention(meter.taps) as last:
+        return meter.measure(lambda pair, run: _learn(meter, run, last, fits), whole=True)
 
 
-def _learn(bench: Bench, run: Run, last: LastAttention, fits: dict[str, LinearFit]) -> dict[str, Tensor]:
+def _learn(meter: HeadMeter, run: Run, last: LastAttention, fits: dict[str, LinearFit]) -> dict[str, Tensor]:
     device = run.ids.device
     gates = {name: torch.ones(x.shape[1], device=device, requires_grad=True) for name, x in run.clean.items()}
     optimizer = torch.optim.Adam(gates.values(), lr=RATE)
@@ -37,7 +39,7 @@ def _learn(bench: Bench, run: Run, last: LastAttention, fits: dict[str, LinearFi
 
     for _ in range(STEPS):
         with torch.enable_grad():
-            got = bench.replay(run, 1, edit)[0].float().log_softmax(-1)
+            got = meter.replayer.replay(run, 1, edit)[0].float().log_softmax(-1)
             loss = (wanted.exp() * (wanted - got)).sum(-1).mean() + PRICE * torch.cat(list(gates.values())).mean()
             slopes = torch.autograd.grad(loss, list(gates.values()))
         for gate, slope in zip(gates.values(), slopes, strict=True):

@@ -5,31 +5,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from hydrasurgery.evaluation.tasks import Pair
-from hydrasurgery.selection.bench import Bench, Change, Run
-from hydrasurgery.selection.effects import effects
+from hydrasurgery.selection.measuring import HeadMeter
+from hydrasurgery.selection.recording import Run
+from hydrasurgery.selection.replay import Change
 
 
-def activation_patching(bench: Bench) -> dict[str, Tensor]:
+def activation_patching(meter: HeadMeter) -> dict[str, Tensor]:
     """Receiver score: later attention outputs held at their clean values, layer name -> [P, H].
 
     IE(l, h) = (m(x) - m(x; O_lh <- O_lh(x'))) / (m(x) - m(x')): 1 is the whole effect of the corruption; nothing is
     clamped. Only heads whose output at the answer's positions matters directly score; those that prepare the ground
     for later heads are found by `path_patching` or `unfrozen_patching`.
     """
-    return bench.measure(lambda pair, run: effects(bench, pair, run, corrupt_output(run), live=False))
+    return meter.measure(lambda pair, run: meter.effects(pair, run, corrupt_output(run), live=False))
 
 
-def unfrozen_patching(bench: Bench) -> dict[str, Tensor]:
+def unfrozen_patching(meter: HeadMeter) -> dict[str, Tensor]:
     """The same with later attention running: every path from the head to the answer counts, [P, H].
 
-    Replayed from the first changed token on, behind the clean run's keys and values.
+    Replayed from the first changed token on, after the clean run's keys and values.
     """
 
     def score(pair: Pair, run: Run) -> dict[str, Tensor]:
-        run = bench.from_change(pair, run)
-        return effects(bench, pair, run, corrupt_output(run), live=True)
+        run = meter.replayer.from_change(pair, run)
+        return meter.effects(pair, run, corrupt_output(run), live=True)
 
-    return bench.measure(score, live=True)
+    return meter.measure(score, live=True)
 
 
 def corrupt_output(run: Run) -> Change:

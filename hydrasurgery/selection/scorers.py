@@ -1,4 +1,4 @@
-"""Every way of scoring heads, by name. A scorer takes the bench and gives each usable pair's score of each head."""
+"""Every way of scoring heads, by name: a scorer takes a meter and gives each usable pair's score of each head."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from hydrasurgery.selection.ablation import mean_ablation
 from hydrasurgery.selection.attention import echo, induction, retrieval
 from hydrasurgery.selection.attribution import attribution, attribution_patching
-from hydrasurgery.selection.bench import Bench
 from hydrasurgery.selection.gates import learned_gates
 from hydrasurgery.selection.logits import logit_contribution
+from hydrasurgery.selection.measuring import HeadMeter
 from hydrasurgery.selection.patching import activation_patching, unfrozen_patching
 from hydrasurgery.selection.paths import path_patching, sender_patching
 from hydrasurgery.selection.swap import swap, swap_divergence
 
-Scorer = Callable[[Bench], dict[str, Tensor]]
+Scorer = Callable[[HeadMeter], dict[str, Tensor]]
 """Layer name -> [P, H] for the P usable pairs; larger is more important. Raises ProbeError if no pair can be used."""
 
 SCORERS: dict[str, Scorer] = {
@@ -36,6 +36,5 @@ SCORERS: dict[str, Scorer] = {
     "echo": echo,
 }
 
-CAUSAL = tuple(SCORERS)[:10]  # they change the head and look at what happens; the others look at the head
 RECONSTRUCTION = "reconstruction"  # needs no pair that the model answers: the error of each head's linear stand-in
 METHODS = (*SCORERS, RECONSTRUCTION)

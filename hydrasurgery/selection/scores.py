@@ -11,11 +11,13 @@ from typing import Any
 
 from hydrasurgery.errors import DataError
 from hydrasurgery.files import atomic_write_text, json_lines
-from hydrasurgery.plan import UNITS, ModelInfo
+from hydrasurgery.plan import UNITS, ModelInfo, layer_shape
+from hydrasurgery.selection.plots import draw_coverage, draw_heat_maps, draw_histogram
 
 FORMAT, VERSION = "hydrasurgery-scores", 1
 CRITICAL = 0.01  # paper section 2: an effect above this counts
 SHOWN = 12
+PICTURES = ("map", "groups", "histogram", "coverage")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class HeadScores:
         unit: "head", or "kv-group" where a KV head was measured and all its query heads bear its score.
         pairs: Pairs that were used; `dropped` says why others were not.
         tasks: [P], the probe of each used pair.
-        replay: "readout" where frozen replays ran on the answer's tokens alone, "full" where on whole prompts.
+        replay: "readout" where frozen replays ran on the answer's tokens only, "full" where on whole prompts.
     """
 
     layers: tuple[LayerScores, ...]
@@ -127,15 +129,30 @@ class HeadScores:
 
         Args:
             kind: "map" (layers x heads, reconstruction error beside it where it was measured), "groups" (layers x KV
-                heads), "histogram", or "coverage" (share of the importance that the top heads hold).
+                heads, the greatest importance of each KV head's query heads), "histogram" (of the heads' importance), or
+                "coverage" (share of all positive importance that the top heads hold, and the top KV groups).
 
         Raises:
             ImportError: matplotlib is missing; the message names the extra.
             DataError: another kind.
         """
-        from hydrasurgery.selection.plots import draw
-
-        return draw(self, path, kind)
+        if kind not in PICTURES:
+            raise DataError(f"kind={kind!r} is not one of {', '.join(PICTURES)}.")
+        label, title = f"importance ({self.method})", f"{self.model.architecture or 'model'}, {self.pairs} pairs"
+        if kind == "map":
+            panels = [(label, [layer.importance for layer in self.layers])]
+            if all(layer.error is not None for layer in self.layers):
+                panels.append(("reconstruction error", [layer.error for layer in self.layers if layer.error]))
+            return draw_heat_maps(panels, title, "head", path)
+        groups = [[[x.importance[h] for h in heads] for heads in layer_shape(x).groups] for x in self.layers]
+        if kind == "groups":
+            panels = [(f"{label}, max of a group", [tuple(map(max, row)) for row in groups])]
+            return draw_heat_maps(panels, title, "KV head", path)
+        values = [value for layer in self.layers for value in layer.importance]
+        if kind == "histogram":
+            return draw_histogram(values, label, path)
+        lines = {"heads": values, "KV groups": [sum(heads) for row in groups for heads in row]}
+        return draw_coverage(lines, f"share of {label}", path)
 
     def __str__(self) -> str:
         critical = sum(value > CRITICAL for layer in self.layers for value in layer.importance)

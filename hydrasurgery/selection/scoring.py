@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hydrasurgery.calibration import LinearFit
-from hydrasurgery.errors import ProbeError, SequenceLengthError
+from hydrasurgery.decoders import check_length, position_limit
+from hydrasurgery.errors import ProbeError
 from hydrasurgery.evaluation.probes import PROBES, make_pairs
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.plan import layer_shape, model_info, package_versions
-from hydrasurgery.selection.bench import open_bench
+from hydrasurgery.selection.measuring import open_meter
 from hydrasurgery.selection.scorers import METHODS, SCORERS
 from hydrasurgery.selection.scores import HeadScores, LayerScores
 
@@ -46,12 +47,12 @@ def score_heads(
     - `activation-patching`: the head's corrupted output, later attention held (the paper's receiver score), and
       `activation-patching-unfrozen`: later attention running;
     - `attribution-patching`: the first by one gradient for all heads, the top eighth patched for real; `attribution`:
-      the gradient alone;
-    - `sender-patching` (eq. 11): through the receivers alone, and `path-patching`: the greater of receiver and sender;
+      the gradient only;
+    - `sender-patching` (eq. 11): by way of the receivers only, and `path-patching`: the greater of receiver and sender;
     - `mean-ablation`: the head's mean output; `swap`: its calibrated linear stand-in, `swap-kl` the same in nats of
       divergence at the answer; `gates`: a learned mixture of head and stand-in.
 
-    The others look at the head alone: `logit-contribution`, `retrieval` (copy attention), `induction`, `echo`, and
+    The others change nothing and look at the head: `logit-contribution`, `retrieval` (copy attention), `induction`, `echo`, and
     `reconstruction`, the error of its linear stand-in, which every method measures, for a plan breaks ties by it.
 
     Args:
@@ -79,15 +80,15 @@ def score_heads(
         )
     with (
         _progress("scoring heads", len(pairs), progress) as advance,
-        open_bench(model, pairs, batch_size=batch_size, rows=rows, seed=seed, advance=advance) as bench,
+        open_meter(model, pairs, batch_size=batch_size, rows=rows, seed=seed, advance=advance) as meter,
     ):
-        values = SCORERS[method](bench) if method in SCORERS else {}
-        fits, dropped, used = bench.fits, tuple(bench.dropped.values()), bench.used
-        replay = ("readout" if bench.local else "full") if values else ""
+        values = SCORERS[method](meter) if method in SCORERS else {}
+        fits, dropped, used = meter.fits, tuple(meter.dropped.values()), meter.used
+        replay = ("readout" if meter.replayer.local else "full") if values else ""
     return HeadScores(
-        layers=tuple(_layer(region, fits[region.name], values.get(region.name)) for region in bench.regions),
+        layers=tuple(_layer(region, fits[region.name], values.get(region.name)) for region in meter.regions),
         method=method,
-        model=model_info(model, len(bench.regions)),
+        model=model_info(model, len(meter.regions)),
         seed=seed,
         length=tuple(sorted({len(pair.clean_ids) for pair in pairs})),
         pairs=len(used),
@@ -113,14 +114,10 @@ def probe_pairs(
     unknown = [name for name in probes if name not in PROBES]
     if unknown:
         raise ProbeError(f"probe {unknown[0]!r} is not one of {', '.join(PROBES)}.")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or LENGTH
     if length is None:
-        length = min(LENGTH, limit)
+        length = min(LENGTH, position_limit(model) or LENGTH)
     lengths = (length,) if isinstance(length, int) else tuple(length)
-    if max(lengths) > limit > 0 and hasattr(model, "config"):
-        raise SequenceLengthError(
-            f"length={max(lengths)} is above the {limit} positions of {type(model).__name__}; use a shorter length."
-        )
+    check_length([model], max(lengths))
     return make_pairs(tokenizer, probes, lengths, count, seed)
 
 

@@ -12,32 +12,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrasurgery.calibration import LastAttention, LinearFit, linear_head
+from hydrasurgery.calibration import LinearFit, linear_head
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.layers import l2_norm
 from hydrasurgery.plan import Plan
-from hydrasurgery.selection.bench import Bench, Edit, Run, open_bench
-from hydrasurgery.selection.effects import divergence, effects, readout
+from hydrasurgery.selection.effects import divergence, readout
+from hydrasurgery.selection.measuring import HeadMeter, open_meter
+from hydrasurgery.selection.recording import Run
+from hydrasurgery.selection.replay import Edit
+from hydrasurgery.selection.watching import LastAttention
 
 
-def swap(bench: Bench) -> dict[str, Tensor]:
+def swap(meter: HeadMeter) -> dict[str, Tensor]:
     """Share of the corruption's effect on the readout that is lost by the stand-in, other heads running, [P, H]."""
-    return _swap(bench, None)
+    return _swap(meter, None)
 
 
-def swap_divergence(bench: Bench) -> dict[str, Tensor]:
-    """KL(clean || swapped) of the answer's tokens in nats, [P, H]; it sees harm that leaves the readout's lead alone."""
-    return _swap(bench, divergence)
+def swap_divergence(meter: HeadMeter) -> dict[str, Tensor]:
+    """KL(clean || swapped) of the answer's tokens in nats, [P, H]; it sees harm that the readout's lead does not show."""
+    return _swap(meter, divergence)
 
 
-def _swap(bench: Bench, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[str, Tensor]:
-    fits = bench.fits
-    with LastAttention(bench.taps) as last:
+def _swap(meter: HeadMeter, lost: Callable[[Tensor, Pair], Tensor] | None) -> dict[str, Tensor]:
+    fits = meter.fits
+    with LastAttention(meter.taps) as last:
 
-        def change(name: str, heads: list[int]) -> Tensor:  # in front of its change every row is row 0
+        def change(name: str, heads: list[int]) -> Tensor:  # before its change every row is row 0
             return stand_in(last, fits[name], [0] * len(heads), heads)
 
-        return bench.measure(lambda pair, run: effects(bench, pair, run, change, live=True, lost=lost), live=True)
+        return meter.measure(lambda pair, run: meter.effects(pair, run, change, live=True, lost=lost), live=True)
 
 
 def stand_in(last: LastAttention, fit: LinearFit, rows: list[int], heads: list[int]) -> Tensor:
@@ -78,28 +81,28 @@ def swap_check(
         ProbeError: no pair that the clean model answers.
         PlanError: a plan is for another model.
     """
-    with open_bench(model, pairs, batch_size=batch_size, rows=rows) as bench:
+    with open_meter(model, pairs, batch_size=batch_size, rows=rows) as meter:
         for plan in plans.values():
-            plan.validate(bench.regions)
+            plan.validate(meter.regions)
         linear = {
             name: torch.tensor([[kind != "full" for kind in plan.layers[number].kinds] for plan in plans.values()])
-            for number, name in enumerate(bench.taps)
+            for number, name in enumerate(meter.taps)
         }
-        with LastAttention(bench.taps) as last:
-            found = bench.measure(lambda pair, run: {"all": _answers(bench, pair, run, linear, last)}, whole=True)[
+        with LastAttention(meter.taps) as last:
+            found = meter.measure(lambda pair, run: {"all": _answers(meter, pair, run, linear, last)}, whole=True)[
                 "all"
             ]
     return {name: SwapCheck(*row) for name, row in zip(plans, found.double().mean(0).tolist(), strict=True)}
 
 
-def _answers(bench: Bench, pair: Pair, run: Run, linear: dict[str, Tensor], last: LastAttention) -> Tensor:
+def _answers(meter: HeadMeter, pair: Pair, run: Run, linear: dict[str, Tensor], last: LastAttention) -> Tensor:
     """Right or wrong, lead and divergence of every plan on one pair, [N, 3]; `linear` is [N, H] a layer."""
 
     def parts() -> Iterator[Tensor]:
-        for start in range(0, len(next(iter(linear.values()))), bench.rows):
-            masks = {name: mask[start : start + bench.rows] for name, mask in linear.items()}
+        for start in range(0, len(next(iter(linear.values()))), meter.rows):
+            masks = {name: mask[start : start + meter.rows] for name, mask in linear.items()}
             count = len(next(iter(masks.values())))
-            logits = bench.replay(run, count, _swapped(bench, masks, last))
+            logits = meter.replayer.replay(run, count, _swapped(meter, masks, last))
             right = (logits.argmax(-1).cpu() == pair.answer_ids).all(-1).float()
             lead = readout(logits, pair) / readout(run.clean_logits, pair)
             lost = divergence(torch.cat([run.clean_logits[None], logits]), pair)
@@ -108,8 +111,8 @@ def _answers(bench: Bench, pair: Pair, run: Run, linear: dict[str, Tensor], last
     return torch.cat(list(parts()))
 
 
-def _swapped(bench: Bench, masks: dict[str, Tensor], last: LastAttention) -> Edit:
-    fits = bench.fits
+def _swapped(meter: HeadMeter, masks: dict[str, Tensor], last: LastAttention) -> Edit:
+    fits = meter.fits
 
     def edit(name: str, output: Tensor) -> Tensor:
         rows, heads = (at.tolist() for at in masks[name].nonzero(as_tuple=True))

@@ -1,5 +1,8 @@
-"""Training tokens. Which tokens a step sees is a pure function of the seed, the stage and the step, so that a resumed
-run replays nothing and two runs with equal seeds see equal tokens."""
+"""Training tokens: where they come from, and which of them a step sees.
+
+That is a pure function of the seed, the stage and the step, so that a resumed run repeats nothing and two runs with
+equal seeds see equal tokens.
+"""
 
 from __future__ import annotations
 

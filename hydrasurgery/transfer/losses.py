@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hydrasurgery.decoders import evaluating, standing_still
 from hydrasurgery.transfer.data import IGNORED, Batch
 
 _CHUNK_ELEMENTS = 1 << 26  # of one fp32 [tokens, vocabulary] matrix: 256 MiB
@@ -49,7 +49,7 @@ class SplitModel:
         """Logits [N, vocabulary] of the hidden states [N, hidden]."""
         if self.backbone is self.model:
             return hidden
-        with _standing_still(self.backbone, self._output(last_hidden_state=hidden[None])):
+        with standing_still(self.backbone, output=self._output(last_hidden_state=hidden[None])):
             return self.model(input_ids=None, use_cache=False).logits[0]
 
     def _halves_agree(self, decoder: nn.Module) -> bool:
@@ -60,7 +60,7 @@ class SplitModel:
             try:
                 output = decoder(**inputs)
                 self._output = type(output)
-                with _standing_still(decoder, self._output(last_hidden_state=output.last_hidden_state)):
+                with standing_still(decoder, output=self._output(last_hidden_state=output.last_hidden_state)):
                     halves = self.model(input_ids=None, use_cache=False).logits
                 if torch.allclose(halves, whole, rtol=1e-3, atol=1e-3, equal_nan=True):
                     return True
@@ -73,31 +73,6 @@ class SplitModel:
             stacklevel=2,
         )
         return False
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def _standing_still(backbone: nn.Module, output: Any) -> Iterator[None]:
-    """Within the block a call of `backbone` returns `output`."""
-    before = vars(backbone).get("forward")
-    backbone.forward = lambda *_, **__: output  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del backbone.forward
-        if before is not None:
-            backbone.forward = before  # type: ignore[method-assign]
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hydrasurgery.decoders import check_length, evaluating, vocabulary_size
 from hydrasurgery.errors import DataError, DivergedError, PlanError
-from hydrasurgery.evaluation.metrics import check_length
 from hydrasurgery.ir.outline import CACHE_ARGUMENTS
 from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw, mix_seed
-from hydrasurgery.transfer.losses import SplitModel, evaluating, language_loss, loss_totals, relative_error
+from hydrasurgery.transfer.losses import SplitModel, language_loss, loss_totals, relative_error
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
 from hydrasurgery.transfer.trainable import trainable_names, unshare
 
@@ -68,7 +68,7 @@ def distill(
 
     Args:
         hybrid: what `rewrite(teacher, plan)` gave; trained in place, on the device it is on.
-        teacher: the model it follows; None if no stage needs one (`lengthen` alone).
+        teacher: the model it follows; None if no stage needs one (only `lengthen`).
         data: a source of batches or tokens; see `hydrasurgery.transfer.as_source`.
         recipe: a preset's name ("hydrahead", "demo"), a `Recipe`, or the path of one saved as JSON.
         out: a folder for metrics and checkpoints; None writes nothing.
@@ -129,7 +129,7 @@ class _Run:
         """The batch of `step` in stage number `index`, its tokens known to the model."""
         stage = self.recipe.stages[index]
         batch = draw(self.source, step, stage, self.seed, index)
-        ids, known = batch.inputs["input_ids"], _embedded(self.hybrid)
+        ids, known = batch.inputs["input_ids"], vocabulary_size(self.hybrid)
         if known is not None and not (ids.min() >= 0 and ids.max() < known):
             raise DataError(
                 f"the batch of stage {stage.name!r}, step {step}: token ids from {ids.min()} to {ids.max()}, but the model "
@@ -206,11 +206,6 @@ def _check_models(hybrid: nn.Module, teacher: nn.Module | None, recipe: Recipe) 
     for name in region_modules(hybrid):
         if name not in modules:
             raise PlanError(f"{name} is a region of the hybrid, but the teacher has no module of that name")
-
-
-def _embedded(model: Any) -> int | None:
-    """How many token ids a model knows; None for a plain module, which does not say."""
-    return model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else None
 
 
 def _optimizer(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> torch.optim.Optimizer:
@@ -333,9 +328,7 @@ def _left_as_found(hybrid: nn.Module, teacher: nn.Module | None) -> Iterator[Non
     """Train and eval modes for the block; afterwards modes and `requires_grad` are what they were, gradients gone."""
     models = [model for model in (hybrid, teacher) if model is not None]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in models]
-    with contextlib.ExitStack() as modes:
-        for model in models:
-            modes.enter_context(evaluating(model))
+    with evaluating(*models):
         hybrid.train()
         try:
             yield

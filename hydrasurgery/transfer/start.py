@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydrasurgery.calibration import LinearFit, fit_linear_heads, run_model
+from hydrasurgery.calibration import LinearFit, fit_linear_heads
+from hydrasurgery.decoders import run_model
 from hydrasurgery.dialect.names import ATTENTION, LINEAR_ATTENTION
 from hydrasurgery.ir.region import RegionModule
 from hydrasurgery.ir.stitch import region_modules
@@ -21,7 +22,7 @@ def calibrate(hybrid: nn.Module, teacher: nn.Module, input_ids: Tensor) -> dict[
     """Give each linear head the half-life, beta and gamma that explain its teacher head best; changes `hybrid` in place.
 
     Each hybrid layer is fed the teacher's own hidden states: what is fitted is what its recurrences get there, with or without
-    rotary embedding and behind the short convolution. gamma_h = <o_h, o^_h> / <o^_h, o^_h> with o^ = RMSNorm(o), o_h the
+    rotary embedding and after the short convolution. gamma_h = <o_h, o^_h> / <o^_h, o^_h> with o^ = RMSNorm(o), o_h the
     teacher's; where full heads are normalised too (`full_norm="paper"`) theirs is the same fit to their output in the hybrid.
 
     Args:

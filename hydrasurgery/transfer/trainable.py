@@ -103,7 +103,7 @@ def unshare(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
         The names of the parameters that were shared.
 
     Raises:
-        PlanError: a module is part of both models, so that no copy could be the hybrid's alone.
+        PlanError: a module is part of both models, so that no copy could belong to the hybrid only.
     """
     names = shared_names(hybrid, teacher)
     originals = {id(parameter): parameter for parameter in teacher.parameters()}

@@ -23,7 +23,7 @@ from hydrasurgery.demo.teacher import Phase, Recipe, load_teacher, save_teacher,
 from hydrasurgery.evaluation import needle_pairs
 from hydrasurgery.ir.capture import capture
 from hydrasurgery.selection import METHODS, score_heads
-from hydrasurgery.selection.compare import spearman
+from hydrasurgery.selection.agreement import spearman
 from hydrasurgery.selection.swap import swap_check
 
 LENGTH, KEYS, LARGEST = 48, 4, 3

@@ -1,0 +1,81 @@
+"""Commands on the machine: which kernels it runs, and how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hydrasurgery.cli.shared import Device, device_of, wide_console
+from hydrasurgery.files import atomic_write_json
+
+
+def kernels(
+    device: Device = "auto",
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
+) -> None:
+    """Show which kernel runs each operator on this machine, and for each other one why it does not.
+
+    Example: hydrasurgery kernels --head-dim 64
+    """
+    from hydrasurgery.bench.report import kernels_table
+    from hydrasurgery.kernels.registry import machine_of
+
+    wide_console().print(kernels_table(machine_of(device_of(device)), head_dim))
+
+
+def bench(
+    suites: Annotated[
+        list[str] | None, typer.Argument(metavar="[SUITE]...", help="Suites; all if none is named.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens or sequences, instead of the suite's own.")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A contender to leave out, such as fla.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CUDA).")] = False,
+    out: Annotated[Path | None, typer.Option(help="A JSON file of all that was measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A PNG of times over sizes.")] = None,
+) -> None:
+    """Time the kernels against their peers and against the floor of this machine; each is checked before it is timed.
+
+    A CPU runs sizes of at most 1024 unless --size says otherwise.
+
+    Example: hydrasurgery bench fusion-forward decode --out bench.json --plot bench.png
+    """
+    from hydrasurgery.bench import SUITES
+    from hydrasurgery.bench import bench as measure
+    from hydrasurgery.bench.report import bench_table
+    from hydrasurgery.bench.report import plot as draw
+    from hydrasurgery.bench.run import TOLERANCE
+    from hydrasurgery.bench.run import cold as first_calls
+
+    names = suites or list(SUITES)
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        raise typer.BadParameter(f"no suite is called {unknown[0]!r}; there are {', '.join(SUITES)}")
+    types = {str(known).removeprefix("torch."): known for known in TOLERANCE}
+    if dtype not in types:
+        raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(types)}")
+    console, place = wide_console(), device_of(device)
+    rows = []
+
+    def keep(row: dict[str, Any]) -> None:
+        """Measuring takes long: what is there is on disk."""
+        rows.append(row)
+        if out is not None:
+            atomic_write_json(out, rows)
+
+    with console.status("measuring") as status:
+        for row in measure(names, place, dtype=types[dtype], sizes=size, skip=skip or ()):
+            keep(row)
+            status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
+        if cold and place.type == "cuda":
+            for name in names:
+                if name != "layer":
+                    keep(first_calls(name, "hydra"))
+    console.print(bench_table(rows))
+    if plot is not None:
+        draw(rows, plot)

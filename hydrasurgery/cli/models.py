@@ -1,0 +1,297 @@
+"""Commands on models: look at one, rewrite, distil and evaluate it, let it generate, export it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from hydrasurgery.cli.shared import LAYER, Count, Device, Model, Seed, on_device, wide_console
+from hydrasurgery.decoders import check_length, position_limit
+from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
+from hydrasurgery.files import atomic_directory, atomic_write_json
+from hydrasurgery.loading import load_model, load_tokenizer, share_parameters
+from hydrasurgery.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hydrasurgery.ir.region import Region
+
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512  # sequences and tokens each
+
+
+def inspect(model: Model) -> None:
+    """Show each attention layer's heads and variant, and whether its heads can become linear.
+
+    Example: hydrasurgery inspect Qwen/Qwen3-0.6B
+    """
+    from rich.table import Table
+
+    from hydrasurgery.conversion import share_copy
+    from hydrasurgery.ir.capture import capture
+    from hydrasurgery.ir.stitch import region_modules
+    from hydrasurgery.surgery import hybrid_pipeline
+
+    decoder = load_model(model)
+    surgery = getattr(decoder.config, "quantization_config", None)
+    if region_modules(decoder) and surgery is not None:
+        made = Plan.from_dict(surgery.plan, model)
+        own = "" if surgery.pipeline == hybrid_pipeline(made.layer) else f"\npasses {surgery.pipeline}"
+        typer.echo(f"{type(decoder).__name__}, a hybrid already\n\n{made}{own}")
+        return
+    regions = capture(share_copy(decoder))
+    table = Table(title=f"{type(decoder).__name__}: {len(regions)} attention layers")
+    for heading in ("layer", "module", "heads", "KV groups", "head dim", "variant", "verdict"):
+        table.add_column(heading, overflow="fold")
+    verdicts = []
+    for number, region in enumerate(regions):
+        shape = [number, region.name, region.num_heads, region.num_key_value_heads, region.head_dim]
+        variant = ", ".join(_variant(region)) or "plain"
+        verdicts.append(_verdict(region))
+        table.add_row(*map(str, shape), variant, verdicts[-1] or "supported")
+    wide_console().print(table)
+    refused = [f"{region.name}: {why}" for region, why in zip(regions, verdicts, strict=True) if why]
+    if refused:
+        raise UnsupportedModelError(refused[0])
+
+
+def rewrite(
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="A plan file.")],
+    out: Annotated[Path, typer.Option(help="The folder of the hybrid.")],
+    layer: Annotated[str | None, typer.Option(help=f"{LAYER} By default what the plan says.")] = None,
+    calibrate_text: Annotated[Path | None, typer.Option(help="Text to fit the linear heads to the teacher on.")] = None,
+) -> None:
+    """Turn the heads that a plan calls linear into linear attention, and save the untrained hybrid.
+
+    Example: hydrasurgery rewrite Qwen/Qwen3-0.6B --plan plan.json --out hybrid --calibrate-text book.txt
+    """
+    from hydrasurgery.conversion import rewrite as rewrite_heads
+    from hydrasurgery.evaluation import load_text
+
+    chosen = Plan.load(plan)
+    text = None if calibrate_text is None else load_text(calibrate_text)
+    _check_target(out, model)
+    teacher = load_model(model)
+    tokenizer = load_tokenizer(model, teacher)
+    try:
+        hybrid = rewrite_heads(teacher, chosen, layer=layer)
+    except PlanError as error:
+        raise PlanError(f"{plan}: {error}") from error
+    if text is not None:
+        from hydrasurgery.transfer.start import calibrate
+
+        calibrate(hybrid, teacher, _rows(tokenizer, text, teacher, calibrate_text))
+    _save(hybrid, tokenizer, out)
+    typer.echo(f"{out}: {chosen.num_linear} of {chosen.num_heads} heads are linear")
+
+
+def distill(
+    hybrid: Annotated[str, typer.Argument(metavar="HYBRID", help="What rewrite saved.")],
+    teacher: Annotated[str, typer.Option(help="The model it was rewritten from: a folder or a hub name.")],
+    data: Annotated[Path, typer.Option(help="A UTF-8 text file, or a .npy file of tokens.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run; the model is saved under OUT/model.")],
+    recipe: Annotated[str, typer.Option(help="hydrahead, demo, or a recipe's JSON file.")] = "hydrahead",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a hybrid to follow its teacher; the weights are trained and saved in float32.
+
+    Example: hydrasurgery distill hybrid --teacher Qwen/Qwen3-0.6B --data book.txt --recipe demo --out run
+    """
+    from hydrasurgery.transfer import distill as train
+    from hydrasurgery.transfer import get_recipe
+
+    steps = get_recipe(recipe)
+    _check_data(data)
+    _check_target(out / "model", hybrid, teacher)
+    if not resume and any((out / "checkpoints").glob("*")):
+        raise CheckpointError(
+            f"{out / 'checkpoints'}: holds an earlier run; add --resume to go on, or give another --out"
+        )
+    followed = on_device(load_model(teacher, dtype=torch.float32), device)
+    student = on_device(load_model(hybrid, dtype=torch.float32), device)
+    tokenizer = load_tokenizer(hybrid, student)
+    share_parameters(student, followed)
+    with _named(data):
+        result = train(student, followed, data, recipe=steps, out=out, resume=resume, seed=seed, tokenizer=tokenizer)
+    _save(student, tokenizer, out / "model")
+    last = result.history[-1] if result.history else {"loss": float("nan")}
+    typer.echo(f"{out / 'model'}: {len(result.history)} steps, last loss {last['loss']:.4g}")
+
+
+def evaluate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The result file to write (JSON).")],
+    teacher: Annotated[str | None, typer.Option(help="A model to measure the divergence from.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens a sequence, separated by commas.")] = "256,512,1024",
+    count: Count = 32,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure exact recall, perplexity and, with a teacher, the divergence from it, at several lengths.
+
+    Example: hydrasurgery eval run/model --teacher Qwen/Qwen3-0.6B --lengths 1024,4096 --out result.json
+    """
+    from hydrasurgery.evaluation import evaluate as measure
+
+    sizes = _lengths(lengths)
+    decoder = on_device(load_model(model), device)
+    tokenizer = load_tokenizer(model, decoder)
+    reference = None if teacher is None else on_device(load_model(teacher), device)
+    results = measure(decoder, tokenizer, sizes, count=count, seed=seed, teacher=reference)
+    settings = {"model": model, "teacher": teacher, "lengths": sizes, "count": count, "seed": seed}
+    atomic_write_json(out, {**settings, "results": results})
+    for name, values in results.items():
+        typer.echo(f"{name:<12}" + "".join(f"{at:>10} {value:<10.4g}" for at, value in values.items()))
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Run this export in ONNX Runtime; MODEL gives the tokenizer.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt, always with the likeliest token.
+
+    Example: hydrasurgery generate run/model --prompt "The for statement is used to" --max-new-tokens 32
+    """
+    if onnx is not None:
+        typer.echo(_generate_onnx(onnx, load_tokenizer(model), prompt, max_new_tokens))
+        return
+    decoder = on_device(load_model(model), device)
+    tokenizer = load_tokenizer(model, decoder)
+    inputs = _encode(tokenizer, prompt).to(decoder.device)
+    check_length([decoder], inputs["input_ids"].shape[1] + max_new_tokens)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tokens = decoder.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
+    typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file to write: *.onnx or *.pt2. It must not exist.")],
+    target: Annotated[str, typer.Option(help="Of ONNX: onnxruntime or opset27.")] = "onnxruntime",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto takes the checkpoint's own.")] = "auto",
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Whole sequences to logits, without states.")] = False,
+) -> None:
+    """Write a model, hybrid or not, for another runtime, with its cache as named inputs and outputs.
+
+    Example: hydrasurgery export run/model --out model.onnx --target onnxruntime
+    """
+    from hydrasurgery.export import export_onnx, export_pt2
+
+    if out.suffix not in (".onnx", ".pt2"):
+        raise typer.BadParameter(f"--out {out}: the name must end in .onnx or .pt2")
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise typer.BadParameter(f"--dtype {dtype}: give auto, float32, float16 or bfloat16")
+    decoder = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    if out.suffix == ".pt2":
+        export_pt2(decoder, out, cache=not no_cache)
+    else:
+        export_onnx(decoder, out, target=target, cache=not no_cache)
+
+
+def _variant(region: Region) -> Iterator[str]:
+    """Words for what is special about a region's attention; "rope" where it is recognised, so that heads can do without."""
+    from hydrasurgery.passes import run_pipeline
+
+    children = dict(region.module.named_children())
+    if run_pipeline([region], "analyze")[0].options["rotary"]:
+        yield "rope"
+    if {"q_norm", "k_norm"} <= children.keys():
+        yield "qk-norm"
+    if region.window is not None:
+        yield f"window {region.window}"
+    if region.softcap is not None:
+        yield f"softcap {region.softcap:g}"
+    if region.sinks:
+        yield "sinks"
+
+
+def _verdict(region: Region) -> str:
+    """Why the region's heads cannot become linear; empty if they can, which is tried on all heads but the first."""
+    from hydrasurgery.passes import run_pipeline
+    from hydrasurgery.surgery import hybrid_pipeline
+
+    heads = region.num_heads
+    region.kinds = ("full",) * (heads > 1) + ("linear",) * (heads - (heads > 1))
+    try:
+        run_pipeline([region], hybrid_pipeline())
+    except HydraError as error:
+        return str(error)
+    return ""
+
+
+def _encode(tokenizer: Any, prompt: str) -> Any:
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].numel():
+        raise DataError("--prompt: the prompt encodes to no token; give some text")
+    return inputs
+
+
+def _generate_onnx(path: Path, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    from hydrasurgery.export import OnnxDecoder
+
+    inputs = _encode(tokenizer, prompt)
+    tokens = OnnxDecoder(path).generate(inputs["input_ids"].numpy(), max_new_tokens=max_new_tokens)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def _lengths(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(f"--lengths {text}: give positive numbers separated by commas, such as 256,512")
+    return [int(part) for part in parts]
+
+
+def _rows(tokenizer: Any, text: str, model: Any, path: Path | None) -> Tensor:
+    """The text's first tokens as up to four equal rows [B, T]."""
+    from hydrasurgery.evaluation import encode_text
+
+    with _named(path):
+        ids = encode_text(tokenizer, text)
+    length = min(CALIBRATION_LENGTH, position_limit(model) or CALIBRATION_LENGTH, len(ids))
+    rows = min(CALIBRATION_ROWS, len(ids) // length)
+    return ids[: rows * length].view(rows, length)
+
+
+@contextmanager
+def _named(path: Path | None) -> Iterator[None]:
+    """Data errors of the block begin with the file's name."""
+    try:
+        yield
+    except DataError as error:
+        raise error if str(path) in str(error) else DataError(f"{path}: {error}") from error
+
+
+def _check_data(path: Path) -> None:
+    """Say before any model is loaded that there is nothing to train on."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a UTF-8 text file, or a .npy file of tokens")
+    if not path.stat().st_size:
+        raise DataError(f"{path}: the file is empty; give a file with some text")
+
+
+def _check_target(out: Path, *inputs: str) -> None:
+    """A saved model takes its folder's place, so that folder must be new, empty or an earlier model, and no input."""
+    for name in inputs:
+        if out.resolve() == Path(name).resolve():
+            raise CheckpointError(f"{out}: is also the model that is read; give another --out")
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and holds no model; give an empty or a new folder as --out")
+
+
+def _save(model: Any, tokenizer: Any, out: Path) -> None:
+    with atomic_directory(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
