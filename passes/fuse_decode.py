@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import fx
 
 from hydrasurgery.dialect.names import CAUSAL_CONV, FUSION, LINEAR_ATTENTION
-from hydrasurgery.ir.graphs import arguments
+from hydrasurgery.ir.graphs import arguments, remove_unused
 from hydrasurgery.ir.region import STATE, Region
-from hydrasurgery.ir.state import count_tokens, step_linear, write_state
+from hydrasurgery.ir.state import step_linear, write_state
 from hydrasurgery.layers import merge_heads, to_tokens
 from hydrasurgery.passes.base import Pass, PassResult, register
 
@@ -62,8 +62,7 @@ class FuseDecode(Pass):
                 LINEAR_ATTENTION,
             ):  # the one node writes these in place
                 graph.erase_node(node)
-        kept = (count_tokens, write_state)
-        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in kept)
+        remove_unused(graph)
         region.decode, region.decoded_by = graph, str(self)
         return PassResult(region, True)
 

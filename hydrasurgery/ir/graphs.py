@@ -9,6 +9,7 @@ from torch import fx
 
 from hydrasurgery import ops
 from hydrasurgery.ir.region import Region
+from hydrasurgery.ir.state import TELLS
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -28,8 +29,8 @@ def ancestors(*nodes: fx.Node) -> list[fx.Node]:
 
 
 def remove_unused(graph: fx.Graph) -> None:
-    """Take out what nothing reads; inputs stay."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    """Take out what nothing reads; inputs stay, and so does what the cache layer is told."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in TELLS)
 
 
 def token_flags(region: Region, mask: fx.Node | None) -> tuple[fx.Node, fx.Node]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from hydrasurgery.dialect.names import ATTENTION, SDPA
 from hydrasurgery.errors import UnsupportedModelError
+from hydrasurgery.ir.graphs import remove_unused
 
 
 def raise_attention(name: str, graph: fx.Graph) -> bool:
@@ -19,7 +20,7 @@ def raise_attention(name: str, graph: fx.Graph) -> bool:
         modified = True
     for node in graph.find_nodes(op="call_function", target=ATTENTION):
         modified |= _plain_mask(graph, node)
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    remove_unused(graph)
     return modified
 
 

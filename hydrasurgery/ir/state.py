@@ -1,4 +1,4 @@
-"""What a region's graph says to its cache layer. Without a cache (`state` is None) each call is the identity."""
+"""What a region's graph says to its cache layer; without a cache (`state` is None) each call is the identity."""
 
 from __future__ import annotations
 
@@ -84,3 +84,11 @@ def write_state(state: Any, name: str, value: Tensor) -> None:
     """Keep `value` as the state called `name`."""
     if state is not None:
         state.write(name, value)
+
+
+TELLS = (
+    extend_kv,
+    count_tokens,
+    step_linear,
+    write_state,
+)  # they change the cache layer: a graph keeps them, read or not

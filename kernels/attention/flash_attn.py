@@ -1,4 +1,4 @@
-"""FlashAttention-2, forward only (package flash-attn). Unlike SDPA it takes windows and soft caps without building a mask."""
+"""FlashAttention-2, forward only (package flash-attn); unlike SDPA it takes windows and soft caps without building a mask."""
 
 from __future__ import annotations
 

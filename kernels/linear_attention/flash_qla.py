@@ -1,4 +1,4 @@
-"""Gated DeltaNet by FlashQLA on Hopper: K = V = 128, half precision. Its first call compiles, half a minute a direction."""
+"""Gated DeltaNet by FlashQLA on Hopper: K = V = 128, half precision; its first call compiles, half a minute a direction."""
 
 from __future__ import annotations
 

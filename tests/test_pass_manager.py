@@ -1,0 +1,284 @@
+"""The manager keeps its word: all or nothing, blame by name, claims checked, options typed, one-token graphs kept true."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import hydrasurgery as hs
+from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.errors import PassError, PipelineError
+from hydrasurgery.passes import REGISTRY, Pass, PassResult, parse, register, run_pipeline
+from tests.families import tiny
+from tests.test_families import half_plan, stir
+from tests.text import PLAIN, after, calls
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+@pytest.fixture
+def hybrid() -> nn.Module:
+    model = tiny("qwen3")
+    return stir(hs.rewrite(model, half_plan(model))).eval()
+
+
+@torch.no_grad()
+def full(model: nn.Module) -> Tensor:
+    return model(IDS, use_cache=False).logits
+
+
+@torch.no_grad()
+def cached(model: nn.Module) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    return torch.cat([model(ids, past_key_values=cache, use_cache=True).logits for ids in IDS.split(1, dim=1)], 1)
+
+
+@register
+@dataclass(frozen=True)
+class Soften(Pass):
+    """Scales what full heads' softmax sees: a change that the one-token graph must share."""
+
+    name: ClassVar[str] = "soften"
+    exact: ClassVar[bool] = False
+    scale: float = 0.1
+
+    def run(self, region: hs.Region) -> PassResult:
+        for node in region.find(ATTENTION):
+            node.update_kwarg("scale", self.scale)
+        return PassResult(region, True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_soften() -> Any:
+    yield
+    REGISTRY.pop("soften", None)
+
+
+def test_a_pass_over_a_hybrid_changes_its_one_token_graph_too(hybrid: nn.Module) -> None:
+    before = full(hybrid)
+    run_pipeline(hs.regions(hybrid), "soften")
+    assert (full(hybrid) - before).abs().max() > 1e-4
+    assert all(region.decode is not None for region in hs.regions(hybrid))
+    assert torch.allclose(cached(hybrid), full(hybrid), atol=1e-5)
+
+
+def test_a_pass_placed_after_fuse_decode_changes_both_graphs() -> None:
+    model = tiny("qwen3")
+    steps = "canonicalize-attention,split-heads,linearize-heads,fuse-heads,thread-state,fuse-decode,soften"
+    hybrid = stir(hs.rewrite(model, half_plan(model), pipeline=steps)).eval()
+    assert all(region.decode is not None for region in hs.regions(hybrid))
+    assert torch.allclose(cached(hybrid), full(hybrid), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_passes_run_on_a_copied_hybrid_as_on_a_fresh_one(hybrid: nn.Module, make: Any) -> None:
+    other = make(hybrid)
+    for model in (hybrid, other):
+        run_pipeline(hs.regions(model), "soften,select-kernels")
+    assert list(map(str, hs.regions(other))) == list(map(str, hs.regions(hybrid)))
+    assert torch.equal(full(other), full(hybrid))
+    assert torch.equal(cached(other), cached(hybrid))
+
+
+def test_passes_run_on_a_loaded_hybrid_as_on_a_fresh_one(hybrid: nn.Module, tmp_path: Any) -> None:
+    hybrid.save_pretrained(tmp_path)
+    other = type(hybrid).from_pretrained(tmp_path).eval()
+    for model in (hybrid, other):
+        run_pipeline(hs.regions(model), "soften")
+    assert torch.equal(full(other), full(hybrid))
+
+
+def test_assigning_a_graph_drops_the_one_made_of_the_old(hybrid: nn.Module) -> None:
+    region = hs.regions(hybrid)[0]
+    changed = copy.deepcopy(region.graph)
+    changed.find_nodes(op="call_function", target=ATTENTION)[0].update_kwarg("scale", 0.1)
+    region.graph = changed
+    assert region.decode is None
+    assert torch.allclose(cached(hybrid), full(hybrid), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["requires", "run", "ensures"])
+@pytest.mark.parametrize("broken", range(7))
+def test_an_interrupted_pipeline_leaves_the_hybrid_as_it_was(
+    hybrid: nn.Module, monkeypatch: pytest.MonkeyPatch, broken: int, stage: str
+) -> None:
+    """The passes of every later layer too are stopped: the first layer's drafts were done by then."""
+    names = (
+        "soften",
+        "canonicalize-attention",
+        "canonicalize-rotary",
+        "prune-projections",
+        "place-heads{full_rope=false}",
+    )
+    pipeline = [*parse(",".join((*names, "select-kernels", "fuse-decode")))]
+    region = hs.regions(hybrid)[0]
+    before = full(hybrid), cached(hybrid), {k: v.clone() for k, v in hybrid.state_dict().items()}, str(region)
+    cls, original = type(pipeline[broken]), getattr(type(pipeline[broken]), stage)
+
+    def fail(self: Pass, region: hs.Region) -> Any:
+        result = original(self, region)
+        if region.name.startswith("model.layers.1."):
+            raise KeyError("stopped")
+        return result
+
+    monkeypatch.setattr(cls, stage, fail)
+    with pytest.raises(PassError, match=rf"^{pipeline[broken].name}: model\.layers\.1\.self_attn: KeyError: 'stopped'"):
+        run_pipeline(hs.regions(hybrid), pipeline)
+    assert hs.regions(hybrid)[0] is region
+    for model in (hybrid, copy.deepcopy(hybrid), pickle.loads(pickle.dumps(hybrid))):
+        assert torch.equal(full(model), before[0])
+        assert torch.equal(cached(model), before[1])
+        assert model.state_dict().keys() == before[2].keys()
+        assert all(torch.equal(value, before[2][key]) for key, value in model.state_dict().items())
+        assert str(hs.regions(model)[0]) == before[3]
+
+
+def test_a_pass_that_fails_in_the_middle_of_its_work_leaves_nothing() -> None:
+    model = tiny("qwen3")
+    plan = half_plan(model)
+    regions = hs.capture(model)
+    for region, layer in zip(regions, plan.layers, strict=True):
+        region.kinds = layer.kinds
+    names, texts = set(model.state_dict()), list(map(str, regions))
+    with pytest.raises(PassError, match=r"^fuse-heads: model\.layers\.0\.self_attn: run split-heads"):
+        run_pipeline(regions, "canonicalize-attention,fuse-heads")
+    with pytest.raises(PassError, match="^thread-state: "):
+        run_pipeline(regions, "canonicalize-attention,split-heads,linearize-heads,thread-state,thread-state")
+    assert list(map(str, regions)) == texts
+    assert set(model.state_dict()) == names
+    assert not list(regions[0].module.hydra.children())
+
+
+@dataclass(frozen=True)
+class Hostile(Pass):
+    """A pass that breaks one rule."""
+
+    name: ClassVar[str] = "hostile"
+    rule: Literal["lies", "writes", "unties", "reshapes", "loses", "strays", "outputs", "fixes", "halves", "kinds"] = (
+        "lies"
+    )
+
+    def run(self, region: hs.Region) -> PassResult:
+        module, graph = region.module, region.graph
+        node = graph.find_nodes(op="output")[0]
+        o_proj, _ = node.args[0]
+        if self.rule == "writes":
+            module.q_proj.weight.data.add_(0)  # hidden from autograd, and from the count of versions
+            with torch.no_grad():
+                module.q_proj.weight.mul_(1)
+        if self.rule == "unties":
+            module.k_proj.weight = nn.Parameter(module.k_proj.weight.detach().clone())
+        if self.rule == "reshapes":
+            module._modules["o_proj"] = nn.Linear(64, 64, bias=False)
+            module._modules["q_norm"] = nn.LayerNorm((1, 16), bias=False)
+        if self.rule == "loses":
+            del module._modules["q_norm"]
+            graph.find_nodes(op="call_module", target="q_norm")[0].target = "k_norm"
+        if self.rule == "strays":
+            module._parameters["extra"] = nn.Parameter(torch.ones(1))
+        if self.rule == "kinds":
+            region.kinds = region.kinds[:-1]
+        if self.rule in ("lies", "outputs", "fixes", "halves"):
+            with graph.inserting_before(node):
+                function, args = {
+                    "lies": (torch.ops.aten.neg.default, (o_proj,)),
+                    "outputs": (torch.ops.aten.unsqueeze.default, (o_proj, 0)),
+                    "fixes": (torch.ops.aten.view.default, (o_proj, [2, 12, 64])),
+                    "halves": (torch.ops.aten.to.dtype, (o_proj, torch.float16)),
+                }[self.rule]
+                new = graph.call_function(function, args)
+            node.args = ((new, None),)
+        return PassResult(region, self.rule != "lies")
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("lies", "says that it changed nothing, and it changed the region"),
+        ("writes", r"q_proj\.weight was written in place"),
+        ("unties", r"parameters were one and are no longer: k_proj\.weight, v_proj\.weight"),
+        ("reshapes", r"q_norm\.weight had shape \[16\] and has \[1, 16\]"),
+        ("loses", r"parameters vanished: q_norm\.weight"),
+        ("strays", "new parameters outside hydra: extra"),
+        ("outputs", r"output 0 was .*\['B', 'T', 64\].* and is .*\[1, 'B', 'T', 64\]"),
+        ("fixes", "hold|specializ|shape"),
+        ("halves", r"output 0 was torch\.float32 .* and is torch\.float16"),
+        ("kinds", r"do not name one kind for each of 4 heads"),
+    ],
+)
+def test_each_invariant_is_held_against_a_pass_that_breaks_it(rule: Any, reason: str) -> None:
+    model = tiny("qwen3")
+    if rule == "unties":
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight = layer.self_attn.k_proj.weight
+    expected = full(model)
+    with pytest.raises(PassError, match=rf"^hostile: model\.layers\.0\.self_attn: .*({reason})"):
+        run_pipeline(hs.capture(model), [Hostile(rule)])
+    assert torch.equal(full(model), expected)
+
+
+def test_a_recurrent_state_in_half_precision_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Halve(Pass):
+        name: ClassVar[str] = "halve"
+
+        def run(self, region: hs.Region) -> PassResult:
+            write = next(n for n in region.graph.nodes if "recurrent" in n.args and len(n.args) == 3)
+            with region.graph.inserting_before(write):
+                half = region.graph.call_function(torch.ops.aten.to.dtype, (write.args[2], torch.bfloat16))
+            write.update_arg(2, half)
+            return PassResult(region, True)
+
+    region = after(PLAIN, "split-heads,linearize-heads,fuse-heads,thread-state")
+    with pytest.raises(PassError, match=r"^halve: attn: %\w+ is a recurrent state of torch\.bfloat16, not of float32"):
+        run_pipeline([region], [Halve()])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("place-heads{full_rope=no}", r"option full_rope=no is not true or false"),
+        ("linearize-heads{conv=abc}", r"option conv=abc is not a whole number"),
+        ("linearize-heads{conv=4.0}", r"option conv=4\.0 is not a whole number"),
+        ("place-heads{a=big}", r"option a=big is not a number"),
+        ("linearize-heads{rule=rnn}", r"option rule='rnn' is not one of linear, gated, delta, gated_delta"),
+        ("fuse-heads{full_norm=}", r"option full_norm='' is not one of exact, paper"),
+        ("fuse-heads{gates=true}", r"has no option 'gates'; it has: full_gate, full_norm, gate"),
+        ("split-heads,melt-heads", r"no pass is called 'melt-heads'"),
+        ("split-heads{", r"is not of the form"),
+    ],
+)
+def test_options_of_a_pipeline_are_typed(text: str, reason: str) -> None:
+    with pytest.raises(PipelineError, match=reason):
+        parse(text)
+
+
+def test_false_is_false() -> None:
+    for text in ("false", "False"):
+        assert parse(f"place-heads{{full_rope={text}}}")[0] == parse("place-heads{full_rope=false}")[0]
+        assert parse(f"place-heads{{full_rope={text}}}")[0].full_rope is False  # type: ignore[attr-defined]
+    with pytest.raises(PipelineError, match="linearize-heads: option conv='abc' is not a whole number"):
+        REGISTRY["linearize-heads"](conv="abc")  # type: ignore[call-arg]
+    with pytest.raises(PipelineError, match="place-heads: option full_rope='false' is not true or false"):
+        REGISTRY["place-heads"](full_rope="false")  # type: ignore[call-arg]
+
+
+def test_the_text_of_a_pipeline_reads_back() -> None:
+    for text in (
+        "canonicalize-rotary,split-heads,place-heads{full_rope=false,log_length=true,a=300.0}",
+        "linearize-heads{rule=delta,conv=0},fuse-heads{full_norm=paper,gate=false},thread-state,fuse-decode",
+    ):
+        assert ",".join(map(str, parse(text))) == text
+
+
+def test_layers_are_drafts_until_all_are_done() -> None:
+    region = after(PLAIN, "split-heads")
+    assert calls(region, "hydra::attention") == 2
+    assert not any("val" in node.meta for node in region.graph.nodes)
