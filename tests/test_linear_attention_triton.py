@@ -19,6 +19,7 @@ from hydrasurgery.kernels.linear_attention import reference
 pytest.importorskip("triton", reason="triton is not installed: pip install hydrasurgery[kernels]")
 
 from hydrasurgery.kernels.linear_attention import triton as kernel  # noqa: E402
+from hydrasurgery.kernels.linear_attention import triton_call, triton_walks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=12, deadline=None, derandomize=True)
@@ -222,7 +223,7 @@ def test_no_gradient_of_the_final_state():
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory does not hold such tiles of 32 bits")
 @pytest.mark.parametrize("size", [64, 256])
 def test_cards_with_little_shared_memory_join_by_smaller_tiles(monkeypatch, size):
-    monkeypatch.setattr(kernel, "_holds_maps", lambda device: False)
+    monkeypatch.setattr(triton_walks, "_holds_maps", lambda device: False)
     monkeypatch.setattr(kernel, "refusal", lambda *args, **options: None)
     args = inputs(1, 200, 1, size, 32)
     grads = weights(args)
@@ -260,7 +261,7 @@ def test_refusals_say_why():
 
 @pytest.mark.parametrize("length", [100, 600])
 def test_what_a_forward_keeps_changes_no_bit_of_the_gradients(length, monkeypatch):
-    monkeypatch.setattr(kernel, "_processors", lambda device: 32)  # so that 600 tokens are two segments
+    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)  # so that 600 tokens are two segments
     args = inputs(1, length, 2, 64, 64, decay=0.01)
     grad, grad_state = weights(args)
     o, final, kept = kernel.forward_keeping(*args)
