@@ -26,6 +26,7 @@ SEGMENT = 2048  # Tokens worked on at once. States and products of more chunks t
 # exp(-1e4) is 0 in every dtype; sums of a chunk of such decays are still exact to 1e-9 in fp64.
 STRONGEST_DECAY = -1.0e4
 
+RULES = ("linear", "gated", "delta", "gated_delta")
 DECAY_RULES = ("gated", "gated_delta")
 DELTA_RULES = ("delta", "gated_delta")
 

@@ -1,0 +1,33 @@
+"""The targets of graph nodes, and the names of kinds of heads and of rules. Importing it registers the operators."""
+
+import torch
+
+from hydrasurgery.dialect import attention, causal_conv, decode_step, linear_attention, scale_norm_fusion, tokens  # noqa: F401
+from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES
+
+ATTENTION = torch.ops.hydra.attention.default
+LINEAR_ATTENTION = torch.ops.hydra.linear_attention.default
+CAUSAL_CONV = torch.ops.hydra.causal_conv.default
+FUSION = torch.ops.hydra.scale_norm_fusion.default
+TOKEN_POSITIONS = torch.ops.hydra.token_positions.default
+DECODE_STEP = torch.ops.hydra.decode_step.default
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+FULL, LINEAR = "full", "linear"
+KINDS = (FULL, LINEAR)
+
+__all__ = [
+    "ATTENTION",
+    "CAUSAL_CONV",
+    "DECAY_RULES",
+    "DECODE_STEP",
+    "DELTA_RULES",
+    "FULL",
+    "FUSION",
+    "KINDS",
+    "LINEAR",
+    "LINEAR_ATTENTION",
+    "RULES",
+    "SDPA",
+    "TOKEN_POSITIONS",
+]
