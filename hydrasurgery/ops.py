@@ -1,12 +1,13 @@
-"""The dialect: four pure operators that every region graph is written in, a fifth that decodes one token through several of
+"""The dialect's operators: four pure ones that every region graph is written in, a fifth that decodes one token through several of
 them at once, one that counts, and two helpers on heads and tokens.
 
-An operator is `torch.ops.hydra.<name>`: a schema, a fake kernel, an analytic backward that is an operator too
-(`hydra::<name>_backward`; decoding and counting have none), and kernels in `hydrasurgery.kernels.<name>`, of which
-`kernels.registry` chooses one for each call (counting is plain PyTorch everywhere). Layouts and meanings follow ONNX where ONNX
-has the operator. The function of the same name here checks shapes and says what is wrong; graphs call the operator itself.
-Inside, arithmetic is fp32 (fp64 for fp64 inputs); autocast has no say in it, except that it lowers the q, k, v of `attention`,
-as it does for PyTorch's own attention.
+An operator is `torch.ops.hydra.<name>`, in a file of its own in `hydrasurgery.dialect`: a schema, a fake kernel, an analytic
+backward that is an operator too (`hydra::<name>_backward`; decoding and counting have none), and kernels in
+`hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses one for each call (counting is plain PyTorch everywhere).
+`hydra::linear_attention_forward` is the forward of linear attention that trains: it also returns what its backward needs again.
+Layouts and meanings follow ONNX where ONNX has the operator. The function of the same name here checks shapes and says what is
+wrong; graphs call the operator itself. Inside, arithmetic is fp32 (fp64 for fp64 inputs); autocast has no say in it, except that
+it lowers the q, k, v of `attention`, as it does for PyTorch's own attention.
 """
 
 from hydrasurgery.dialect.attention import attention

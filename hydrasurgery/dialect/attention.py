@@ -43,6 +43,11 @@ def attention(
 
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
+        >>> attention(q, k, v, window=3).shape
+        torch.Size([1, 5, 4, 8])
     """
     expect("q", q, (None, None, None, None))
     batch, heads, queries, dim = q.shape

@@ -25,6 +25,11 @@ def causal_conv(
 
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
+
+    Example:
+        >>> y, state = causal_conv(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[10.0, 1.0]]))
+        >>> y.flatten().tolist(), state.flatten().tolist()
+        ([1.0, 12.0, 23.0], [3.0])
     """
     expect("x", x, (None, None, None))
     batch, length, channels = x.shape

@@ -59,6 +59,12 @@ def decode_step(
 
     Raises:
         ValueError: a shape, dtype or stride does not fit; the message names the argument.
+
+    Example:
+        >>> (q, k, v), (decay, beta) = torch.randn(3, 1, 2, 8), torch.rand(2, 1, 2)
+        >>> state = torch.zeros(1, 2, 8, 8)
+        >>> decode_step(q, k, v, -decay, beta, None, torch.ones(2), state=state).shape, bool(state.any())
+        (torch.Size([1, 2, 8]), True)
     """
     expect("q", q, (None, None, None))
     batch, heads, channels = q.shape

@@ -14,6 +14,10 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
 
     Raises:
         ValueError: no head is named, or one that x does not have.
+
+    Example:
+        >>> select_heads(torch.tensor([[5, 6, 7]]), (2, 2, 0), 1).tolist()
+        [[7, 7, 5]]
     """
     dim %= x.dim()
     size = x.shape[dim]

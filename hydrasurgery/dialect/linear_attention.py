@@ -36,6 +36,10 @@ def linear_attention(
 
     A token with k, v, beta and decay 0 leaves the state as it was. q and k are taken as given: normalise them first.
 
+    Where a gradient is wanted, `hydra::linear_attention_forward` runs below autograd: its third output is what the backward needs
+    again. Compiled training graphs and policies of selective activation checkpoints see that operator, exported graphs
+    `hydra::linear_attention`.
+
     Args:
         q: [B, T, H, K].
         k: [B, T, H, K].
@@ -51,6 +55,15 @@ def linear_attention(
 
     Raises:
         ValueError: an unknown rule, an argument that the rule lacks or does not use, or a shape that does not fit.
+
+    Example:
+        >>> q, k, v = (torch.nn.functional.normalize(torch.randn(1, 6, 2, 8), dim=-1) for _ in range(3))
+        >>> decay, beta = -torch.rand(1, 6, 2), torch.rand(1, 6, 2)
+        >>> o, _ = linear_attention(q, k, v, decay, beta)
+        >>> _, state = linear_attention(*(x[:, :4] for x in (q, k, v, decay, beta)))
+        >>> last, _ = linear_attention(*(x[:, 4:] for x in (q, k, v, decay, beta)), state)
+        >>> torch.allclose(last, o[:, 4:], atol=1e-5)
+        True
     """
     expect("q", q, (None, None, None, None))
     batch, length, heads, channels = q.shape

@@ -39,6 +39,12 @@ def scale_norm_fusion(
 
     Raises:
         ValueError: a shape or slot does not fit; the message names the argument.
+
+    Example:
+        >>> full, linear = torch.zeros(1, 1, 1, 4), torch.full((1, 1, 2, 4), 5.0)
+        >>> out = scale_norm_fusion(full, linear, torch.tensor([2.0, 3.0]), linear_heads=[0, 2])
+        >>> out[0, 0, :, 0].round(decimals=3).tolist()
+        [2.0, 0.0, 3.0]
     """
     first = o_full if o_full is not None else o_linear
     if first is None:

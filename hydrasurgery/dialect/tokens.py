@@ -25,6 +25,13 @@ def token_flags(
 
     Returns:
         (valid [B, T], reset [B, T]), bool; all True and all False without a mask.
+
+    Example:
+        Padding, then two documents of one token each.
+
+        >>> mask = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()[None, None]
+        >>> token_flags(mask, torch.empty(1, 3, 8))
+        (tensor([[False,  True,  True]]), tensor([[False,  True,  True]]))
     """
     batch, length = hidden_states.shape[:2]
     if mask is None:
@@ -54,6 +61,11 @@ def token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) ->
 
     Raises:
         ValueError: a shape does not fit; the message names the argument.
+
+    Example:
+        >>> valid, reset = torch.tensor([[0, 1, 1, 1]]).bool(), torch.tensor([[0, 1, 0, 1]]).bool()
+        >>> token_positions(valid, reset)
+        (tensor([[0, 0, 1, 0]]), tensor([1]))
     """
     expect("valid", valid, (None, None))
     expect("reset", reset, tuple(valid.shape))

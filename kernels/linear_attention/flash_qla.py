@@ -39,8 +39,8 @@ def forward_keeping(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """`forward`, and what `backward` need not compute again: sums of decays, and T.
 
-    What FlashQLA finds of the parts into which it may split a sequence is not kept: how many there are is its own secret, and an
-    operator's outputs have shapes that are known beforehand.
+    FlashQLA may split a sequence over the card's processors. What it finds of the parts is not kept: their number is FlashQLA's own
+    choice, and the outputs of an operator have shapes that are known before it runs.
     """
     return _forward(q, k, v, decay, beta, state, scale, None)
 
