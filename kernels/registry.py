@@ -74,7 +74,8 @@ class Implementation:
     """What one kernel can do. `module` has `forward` and, if that is a mode of it, `backward`, called as the reference's are.
 
     It may have `forward_keeping` too, a forward for training: what that returns third, a tuple of tensors, its `backward` takes as
-    `kept` and does not compute again.
+    `kept` and does not compute again. Then it has `kept_like` as well, called as the forward is: unfilled tensors of the same
+    number, shapes and dtypes, from the shapes and dtypes of the inputs.
     """
 
     name: str
@@ -255,7 +256,9 @@ def _say(message: str) -> None:
 def _machine(kind: str, index: int | None) -> Machine:
     if kind == "cuda" and torch.version.hip is not None:
         kind = "hip"  # PyTorch calls AMD's devices cuda too
-    capability = torch.cuda.get_device_capability(index) if kind == "cuda" else (0, 0)
+    # Fake tensors may be on cards that are not there.
+    there = kind == "cuda" and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(index) if there else (0, 0)
     versions = {package.module: _version(package) for package in PACKAGES}
     return Machine(kind, capability, frozenset((name, found) for name, found in versions.items() if found))
 
@@ -341,7 +344,11 @@ def linear_attention_case(
     rule: str,
     trains: bool = False,
 ) -> Case:
-    """The case of a `hydra::linear_attention`; one token makes a forward a decode. `trains`: a backward follows."""
+    """The case of a `hydra::linear_attention`; one token makes a forward a decode.
+
+    `trains`: a `hydra::linear_attention_forward`, which a backward follows. Head sizes that are symbols in a trace become numbers
+    here, for a kernel is chosen by them.
+    """
     batch, length, heads, keys = q.shape
     mode = DECODE if mode == FORWARD and length == 1 and not trains else mode
     features = {
@@ -350,7 +357,7 @@ def linear_attention_case(
         "state": state is not None,
         "few tokens": mode == FORWARD and not trains and batch * length * heads < FEW_TOKENS,
     }
-    return _case(mode, (q, k, v), {"K": keys, "V": v.shape[3]}, features)
+    return _case(mode, (q, k, v), {"K": int(keys), "V": int(v.shape[3])}, features)
 
 
 def causal_conv_case(mode: str, x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | None) -> Case:

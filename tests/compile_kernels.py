@@ -30,6 +30,7 @@ from hydrasurgery.kernels.attention import triton as attention
 from hydrasurgery.kernels.causal_conv import triton as conv
 from hydrasurgery.kernels.decode_step import triton as decode
 from hydrasurgery.kernels.linear_attention import triton as linear
+from hydrasurgery.kernels.linear_attention import triton_walks
 from hydrasurgery.kernels.registry import BACKWARD, Case, Machine, choose
 from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
 
@@ -162,7 +163,7 @@ def requests(capability: int) -> list[Request]:
         return True  # True: neither compile nor launch
 
     driver.set_active(Card(capability))
-    linear._holds_maps = lambda device: capability == 90
+    triton_walks._holds_maps = lambda device: capability == 90
     triton.knobs.runtime.jit_cache_hook = note
     with torch.device("meta"):
         for call in CALLS:
@@ -199,13 +200,14 @@ def forgotten(noted: list[Request]) -> list[str]:
     """Kernels that no call launched. A function of Triton's that another one calls is a part of that."""
     launched = {(request.module, request.name) for request in noted}
     found = []
-    for path in sorted(Path(kernels.__path__[0]).glob("*/triton.py")):
-        module = importlib.import_module(f"{kernels.__name__}.{path.parent.name}.triton")
-        functions = [x for x in vars(module).values() if isinstance(x, triton.JITFunction)]
-        for name in (function.__name__ for function in functions):
+    for folder in sorted(path.parent for path in Path(kernels.__path__[0]).glob("*/triton.py")):
+        names = [f"{kernels.__name__}.{folder.name}.{path.stem}" for path in sorted(folder.glob("triton*.py"))]
+        modules = [importlib.import_module(name) for name in names]
+        functions = {x for module in modules for x in vars(module).values() if isinstance(x, triton.JITFunction)}
+        for module, name in sorted((function.module, function.__name__) for function in functions):
             inner = any(x.__name__ != name and re.search(rf"\b{name}\(", x.src) for x in functions)
-            if not inner and (module.__name__, name) not in launched:
-                found.append(f"{module.__name__}:{name}: no call here launches it")
+            if not inner and (module, name) not in launched:
+                found.append(f"{module}:{name}: no call here launches it")
     return found
 
 

@@ -6,9 +6,13 @@ import math
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -19,6 +23,7 @@ from hydrasurgery.kernels.linear_attention import reference
 pytest.importorskip("triton", reason="triton is not installed: pip install hydrasurgery[kernels]")
 
 from hydrasurgery.kernels.linear_attention import triton as kernel  # noqa: E402
+from hydrasurgery.kernels.linear_attention import triton_call, triton_walks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=12, deadline=None, derandomize=True)
@@ -222,7 +227,7 @@ def test_no_gradient_of_the_final_state():
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory does not hold such tiles of 32 bits")
 @pytest.mark.parametrize("size", [64, 256])
 def test_cards_with_little_shared_memory_join_by_smaller_tiles(monkeypatch, size):
-    monkeypatch.setattr(kernel, "_holds_maps", lambda device: False)
+    monkeypatch.setattr(triton_walks, "_holds_maps", lambda device: False)
     monkeypatch.setattr(kernel, "refusal", lambda *args, **options: None)
     args = inputs(1, 200, 1, size, 32)
     grads = weights(args)
@@ -260,7 +265,7 @@ def test_refusals_say_why():
 
 @pytest.mark.parametrize("length", [100, 600])
 def test_what_a_forward_keeps_changes_no_bit_of_the_gradients(length, monkeypatch):
-    monkeypatch.setattr(kernel, "_processors", lambda device: 32)  # so that 600 tokens are two segments
+    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)  # so that 600 tokens are two segments
     args = inputs(1, length, 2, 64, 64, decay=0.01)
     grad, grad_state = weights(args)
     o, final, kept = kernel.forward_keeping(*args)
@@ -285,6 +290,78 @@ def test_autograd_hands_on_what_the_forward_keeps(monkeypatch):
         compare([None, None, *each], [None, None, *wanted])
 
 
+TRAINING, GRADIENTS = (
+    torch.ops.hydra.linear_attention_forward.default,
+    torch.ops.hydra.linear_attention_backward.default,
+)
+
+
+@pytest.mark.parametrize("processors", [1, 32])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 64, 64), (2, 100, 1, 32, 24), (1, 600, 2, 64, 64), (1, 1300, 1, 80, 64)])
+def test_the_fake_kernel_knows_what_a_forward_keeps(shape, state, processors, monkeypatch):
+    monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
+    monkeypatch.setattr(triton_call, "_processors", lambda device: processors)  # with 32, long sequences are split
+    args = inputs(*shape, state=state)
+    with FakeTensorMode() as mode:
+        promised = TRAINING(*(None if x is None else mode.from_tensor(x) for x in args))
+    found = TRAINING(*args)
+    assert (len(found[2]) == 7) == (processors == 32 and shape[1] >= 600)
+    for have, want in zip((*found[:2], *found[2]), (*promised[:2], *promised[2]), strict=True):
+        assert (have.shape, have.stride(), have.dtype) == (want.shape, want.stride(), want.dtype)
+
+
+@pytest.mark.parametrize("length", [100, 600])
+def test_training_operators_are_sound(length, monkeypatch):
+    monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
+    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)
+    args = inputs(1, length, 1, 64, 64)
+    # Memory of maps that a first and a last segment do not have stays as it was found: values are not compared.
+    torch.library.opcheck(TRAINING, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(torch.ops.hydra.linear_attention.default, [x.requires_grad_() for x in args])
+
+
+@pytest.mark.parametrize(("length", "count"), [(70, 3), (600, 7)])
+def test_compiled_training_hands_on_what_the_forward_keeps(length, count, monkeypatch):
+    monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
+    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.linear_attention, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    args = [x.requires_grad_() for x in inputs(1, length, 1, 64, 64)]
+    grads = weights(args)
+    wanted = torch.autograd.grad(ops.linear_attention(*args), args, grads)
+    found = torch.autograd.grad(compiled(*args), args, grads)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    forward, backward = graphs
+    (run,) = forward.find_nodes(op="call_function", target=TRAINING)
+    (kept,) = [node for node in run.users if node.args[1] == 2]
+    (outputs,) = forward.output_node().args
+    assert len(kept.users) == count and set(kept.users) <= set(outputs)
+    (gradients,) = backward.find_nodes(op="call_function", target=GRADIENTS)
+    assert [node.op for node in gradients.args[2]] == ["placeholder"] * count
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_default_partitioner"])
+def test_lengths_share_graphs_in_compiled_training(backend, monkeypatch):
+    monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
+    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(ops.linear_attention, backend=counter, fullgraph=True, dynamic=True)
+    for length in (70, 600, 700, 100):
+        args = [x.requires_grad_() for x in inputs(1, length, 1, 32, 32)]
+        grads = weights(args)
+        pair = (torch.autograd.grad(f(*args), args, grads) for f in (ops.linear_attention, compiled))
+        assert all(torch.equal(*each) for each in zip(*pair, strict=True))
+    assert counter.frame_count == 2  # one where sequences are split into segments, and one where not
+
+
 @pytest.mark.parametrize("kind", ["reentrant", "whole", "selective"])
 def test_checkpoints_change_no_gradient(kind, monkeypatch):
     monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
@@ -295,8 +372,12 @@ def test_checkpoints_change_no_gradient(kind, monkeypatch):
 
     options = {"use_reentrant": kind == "reentrant"}
     if kind == "selective":
-        saved = [torch.ops.hydra.linear_attention.default]
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(saved)
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts([TRAINING])
     wanted = torch.autograd.grad(loss(*args), args)
+    runs = []
+    for name in ("forward", "forward_keeping"):
+        run = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *call, run=run, **options: runs.append(run) or run(*call, **options))
     checkpoint(loss, *args, **options).backward()
+    assert len(runs) == (1 if kind == "selective" else 2)
     assert all(torch.equal(x.grad, want) for x, want in zip(args, wanted, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as softcap_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as sinks_attention
 
 from hydrasurgery import ops
+from hydrasurgery.kernels import registry
+from hydrasurgery.kernels.linear_attention import reference
 from hydrasurgery.layers import l2_norm, to_heads
 from tests.families import same
 
@@ -87,7 +91,10 @@ def recurrence(rule: str, length: int = 5, channels: bool = False, state: bool =
     ],
 )
 def test_linear_attention_is_a_sound_operator(rule, options):
-    opcheck(torch.ops.hydra.linear_attention.default, recurrence(rule, **options), {"rule": rule, "scale": 0.3})
+    inputs, constants = recurrence(rule, **options), {"rule": rule, "scale": 0.3}
+    opcheck(torch.ops.hydra.linear_attention.default, inputs, constants)
+    detached = [None if x is None else x.detach() for x in inputs]
+    opcheck(torch.ops.hydra.linear_attention_forward.default, detached, constants)
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -203,6 +210,8 @@ def test_schemas_are_the_contract():
         "bool causal=True, int? window=None, float? softcap=None) -> Tensor",
         "linear_attention": "(Tensor q, Tensor k, Tensor v, Tensor? decay=None, Tensor? beta=None, Tensor? state=None, *, "
         'str rule="gated_delta", float? scale=None) -> (Tensor o, Tensor state)',
+        "linear_attention_forward": "(Tensor q, Tensor k, Tensor v, Tensor? decay=None, Tensor? beta=None, "
+        'Tensor? state=None, *, str rule="gated_delta", float? scale=None) -> (Tensor o, Tensor state, Tensor[] kept)',
         "causal_conv": "(Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None) -> (Tensor y, Tensor state)",
         "scale_norm_fusion": "(Tensor? o_full, Tensor? o_linear, Tensor gamma, Tensor? gate=None, *, int[] linear_heads, "
         "bool norm_full=False, float eps=1e-6) -> Tensor",
@@ -256,6 +265,52 @@ def test_exports_with_the_operators_in_the_graph():
         assert targets.count(getattr(torch.ops.hydra, name).default) == 1
     other = [x.detach() for x in layer_inputs(12)]
     assert torch.equal(program.module()(*other), all_four(*other))
+
+
+@pytest.mark.parametrize("wanted", ["nothing", "inputs", "no_grad", "inference"])
+def test_only_training_runs_the_forward_that_keeps(wanted):
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    calls: list = []
+    inputs = [x.detach().requires_grad_(wanted != "nothing") for x in recurrence("gated_delta")]
+    mode = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(wanted, nullcontext)
+    with mode(), Noted():
+        o, state = ops.linear_attention(*inputs)
+    name = "linear_attention_forward" if wanted == "inputs" else "linear_attention"
+    assert [call for call in calls if call.namespace == "hydra"] == [getattr(torch.ops.hydra, name).default]
+    assert o.requires_grad == state.requires_grad == (wanted == "inputs")
+    assert not vars(o) and not vars(state)
+
+
+def test_parameters_do_not_change_what_is_exported():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, q, k, v, decay, beta):
+            return ops.linear_attention(q * self.scale, k, v, decay, beta)
+
+    program = torch.export.export(Layer(), tuple(x.detach() for x in recurrence("gated_delta", state=False)[:5]))
+    for each in (program, program.run_decompositions({})):
+        names = {str(node.target) for node in each.graph.nodes if "hydra" in str(node.target)}
+        assert names == {"hydra.linear_attention.default"}
+
+
+def test_a_kernel_is_told_of_a_gradient_that_is_not_there(monkeypatch):
+    told = []
+
+    def backward(grad, grad_state, *call, **options):
+        told.append(grad_state)
+        return reference.backward(grad, grad_state, *call, **options)
+
+    kernel = SimpleNamespace(forward=reference.forward, backward=backward)
+    monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
+    ops.linear_attention(*recurrence("gated_delta"))[0].sum().backward()
+    assert told == [None]
 
 
 def test_autocast_lowers_attention_and_nothing_else():

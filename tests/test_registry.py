@@ -92,7 +92,9 @@ def test_what_a_forward_keeps_is_read_by_the_backward_of_the_same_kernel(machine
         ).implementation.module
         for mode in (FORWARD, BACKWARD)
     )
-    if hasattr(importlib.import_module(forward), "forward_keeping"):
+    module = importlib.import_module(forward)
+    assert hasattr(module, "kept_like") == hasattr(module, "forward_keeping")
+    if hasattr(module, "forward_keeping"):
         assert backward == forward
 
 

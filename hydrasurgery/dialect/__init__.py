@@ -1,1 +1,1 @@
-"""The dialect: the operators that every region graph is written in, one a file."""
+"""The dialect that region graphs are written in: one operator in each file. `hydrasurgery.ops` is what users import."""

@@ -1,12 +1,12 @@
-"""What graphs and plans call things: the operators as targets of nodes, and the kinds of heads."""
+"""What graphs and plans call things: the operators as targets of nodes, the kinds of heads, and the rules.
 
-from __future__ import annotations
-
-from typing import Literal, get_args
+Importing it registers the operators.
+"""
 
 import torch
 
-import hydrasurgery.ops  # noqa: F401  (registers the operators)
+from hydrasurgery.dialect import attention, causal_conv, decode_step, linear_attention, scale_norm_fusion, tokens  # noqa: F401
+from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES, Rule
 
 ATTENTION = torch.ops.hydra.attention.default
 LINEAR_ATTENTION = torch.ops.hydra.linear_attention.default
@@ -18,5 +18,20 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 FULL, LINEAR = "full", "linear"
 KINDS = (FULL, LINEAR)
-Rule = Literal["linear", "gated", "delta", "gated_delta"]
-RULES = get_args(Rule)
+
+__all__ = [
+    "ATTENTION",
+    "CAUSAL_CONV",
+    "DECAY_RULES",
+    "DECODE_STEP",
+    "DELTA_RULES",
+    "FULL",
+    "FUSION",
+    "KINDS",
+    "LINEAR",
+    "LINEAR_ATTENTION",
+    "RULES",
+    "Rule",
+    "SDPA",
+    "TOKEN_POSITIONS",
+]

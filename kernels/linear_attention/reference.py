@@ -16,7 +16,7 @@ any strength, -inf included, gives zeros and not NaN.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ SEGMENT = 2048  # Tokens worked on at once. States and products of more chunks t
 # exp(-1e4) is 0 in every dtype; sums of a chunk of such decays are still exact to 1e-9 in fp64.
 STRONGEST_DECAY = -1.0e4
 
+Rule = Literal["linear", "gated", "delta", "gated_delta"]
+RULES = get_args(Rule)
 DECAY_RULES = ("gated", "gated_delta")
 DELTA_RULES = ("delta", "gated_delta")
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from hydrasurgery import ops
@@ -288,7 +289,7 @@ def main() -> None:
         return first_call(options.first_call == "both")
     if options.profile:
         return profile()
-    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", kernel.triton.__version__, flush=True)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, flush=True)
     if options.cold:
         for kind in ("forward", "both"):
             with tempfile.TemporaryDirectory() as cache:

@@ -1,0 +1,154 @@
+"""`hydra::attention`: softmax attention, with its backward and its rule under autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydrasurgery.dialect.checks import exact, expect, fake, fake_or_empty, full_precision, or_empty, save
+from hydrasurgery.kernels import registry
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention, `o_i = sum_j softmax_j(s_ij) v_j` with `s = cap tanh(scale q k^T / cap) + mask`.
+
+    Args:
+        q: [B, H, T, D].
+        k: [B, Hk, S, D]; H is a multiple of Hk, and query head h reads KV head `h * Hk // H`.
+        v: [B, Hk, S, Dv].
+        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (added to the scores). It is complete: with a mask,
+            `causal` and `window` have no effect. No gradient flows into it.
+        sinks: [H], one more logit a head in the softmax's denominator.
+        scale: of the scores; D ** -0.5 if None.
+        causal: without a mask, query i sees the keys up to its own, the last query standing on the last key (S >= T).
+        window: without a mask, the number of keys seen, counted back from the query's own and including it.
+        softcap: cap of the scores, applied before the mask.
+
+    Returns:
+        [B, T, H, Dv], contiguous, in q's dtype. A query that may attend to nothing gives 0 (under an additive mask of finite
+        numbers: the mean of v, as in PyTorch) and passes no gradient.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
+        >>> attention(q, k, v, window=3).shape
+        torch.Size([1, 5, 4, 8])
+    """
+    expect("q", q, (None, None, None, None))
+    batch, heads, queries, dim = q.shape
+    expect("k", k, (batch, None, None, dim))
+    expect("v", v, (batch, k.shape[1], k.shape[2], None))
+    if heads % k.shape[1]:
+        raise ValueError(f"q has {heads} heads and k {k.shape[1]}: the first must be a multiple of the second")
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+        raise ValueError(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype} and {v.dtype}")
+    if mask is not None:
+        _expect_mask(mask, (batch, heads, queries, k.shape[2]))
+    if sinks is not None:
+        expect("sinks", sinks, (heads,))
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, found {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, found {softcap}")
+    return torch.ops.hydra.attention.default(
+        q, k, v, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap
+    )
+
+
+def _expect_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+    batch, heads, queries, keys = shape
+    fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+    if not fits or tuple(mask.shape[2:]) != (queries, keys):
+        raise ValueError(
+            f"mask must have shape [{batch} or 1, {heads} or 1, {queries}, {keys}], found {list(mask.shape)}"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask must be bool (True = may attend) or float (added to the scores), found {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError("mask requires a gradient, and attention gives it none: detach it")
+
+
+_ATTENTION_OPTIONS = "float? scale=None, bool causal=True, int? window=None, float? softcap=None"
+
+
+@torch.library.custom_op(
+    "hydra::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
+)
+def _attention(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    options = {"causal": causal, "window": window, "softcap": softcap}
+    case = registry.attention_case("forward", q, k, v, mask, sinks, **options)
+    with full_precision(q):
+        out = registry.kernel("attention", case, q.device).forward(q, k, v, mask, sinks, scale=scale, **options)
+    return exact(out)
+
+
+@_attention.register_fake
+def _(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op(
+    "hydra::attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, "
+    f"{_ATTENTION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_backward(grad, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    options = {"causal": causal, "window": window, "softcap": softcap}
+    case = registry.attention_case("backward", q, k, v, mask, sinks, **options)
+    backward = registry.kernel("attention", case, q.device).backward
+    with full_precision(q):
+        dq, dk, dv, dsinks = backward(grad, q, k, v, mask, sinks, scale=scale, **options)
+    return exact(dq), exact(dk), exact(dv), or_empty(dsinks, q)
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    return fake(q), fake(k), fake(v), fake_or_empty(sinks, q)
+
+
+def _attention_setup(ctx, inputs, keyword_only_inputs, output):
+    save(ctx, inputs, keyword_only_inputs)
+
+
+def _attention_grads(ctx, grad):
+    q, k, v, mask, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = torch.ops.hydra.attention_backward.default(grad, q, k, v, mask, sinks, **ctx.options)
+    return dq, dk, dv, None, None if sinks is None else dsinks
+
+
+_attention.register_autograd(_attention_grads, setup_context=_attention_setup)
+
+
+def _lowered_attention(device_type: str) -> Any:
+    def call(q, k, v, mask=None, sinks=None, **options):
+        dtype = torch.get_autocast_dtype(device_type)
+        if torch.float64 not in (q.dtype, k.dtype, v.dtype):
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.hydra.attention.default(q, k, v, mask, sinks, **options)
+
+    return call
+
+
+# A dispatch rule and not a cast in the kernel: tracing then records the casts, and the fake kernel sees the dtypes of the real one.
+_AUTOCAST = torch.library.Library("hydra", "FRAGMENT")
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _AUTOCAST.impl("attention", _lowered_attention(_device), _key)

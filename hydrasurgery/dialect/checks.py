@@ -1,0 +1,55 @@
+"""What the files of operators share: checks of arguments, and the promises of kernels, fakes and backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def expect(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Raise unless x has this shape; None is any size."""
+    if x.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], found {list(x.shape)}")
+
+
+def exact(x: Tensor) -> Tensor:
+    """x as its fake kernel promised it: dense, dimensions of size 1 included, and no slice that keeps a larger tensor alive."""
+    flat = x.contiguous().reshape(-1)
+    return (flat if flat.untyped_storage().nbytes() == flat.nbytes else flat.clone()).view(x.shape)
+
+
+def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """Operators cannot return None: the gradient of an absent input is an empty tensor, dropped by the caller."""
+    return like.new_empty(0) if x is None else exact(x)
+
+
+def fake_or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else fake(x)
+
+
+def fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@contextmanager
+def full_precision(x: Tensor) -> Iterator[None]:
+    """For kernels: on x's device, and dtypes are those of the arguments."""
+    lowered = torch.is_autocast_enabled(x.device.type)  # Leaving what was not entered takes longer than looking.
+    with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext(), torch.cuda.device_of(x):
+        yield
+
+
+def save(ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = options
+
+
+def given(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else grad for grad, x in zip(grads, inputs, strict=True))

@@ -1,0 +1,213 @@
+"""`hydra::linear_attention`: attention by a recurrence, with its forward for training and its backward."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hydrasurgery.dialect.checks import exact, expect, fake, fake_or_empty, full_precision, given, or_empty, save
+from hydrasurgery.kernels import registry
+from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    rule: str = "gated_delta",
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention by a recurrence over a state S [K, V] a head: `S_t = a_t S_{t-1} + w_t`, `o_t = scale S_t^T q_t`.
+
+    =============  ==================  =================================================
+    rule           a_t                 w_t
+    =============  ==================  =================================================
+    linear         1                   k_t v_t^T
+    gated          exp(decay_t)        k_t v_t^T
+    delta          1                   beta_t k_t (v_t - S_{t-1}^T k_t)^T
+    gated_delta    exp(decay_t)        beta_t k_t (v_t - (exp(decay_t) S_{t-1})^T k_t)^T
+    =============  ==================  =================================================
+
+    A token with k, v, beta and decay 0 leaves the state as it was. q and k are taken as given: normalise them first.
+
+    Where a gradient is wanted, `hydra::linear_attention_forward` runs below autograd: its third output is what the backward needs
+    again. Compiled training graphs and policies of selective activation checkpoints see that operator, exported graphs
+    `hydra::linear_attention`.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        decay: natural logarithm of the decay, at most 0: [B, T, H], or [B, T, H, K] for one a key channel. For the gated rules.
+        beta: [B, T, H], the strength of a write. For the delta rules.
+        state: [B, H, K, V] fp32, the state before the first token; zero if None.
+        rule: "linear", "gated", "delta" or "gated_delta".
+        scale: of the outputs; K ** -0.5 if None.
+
+    Returns:
+        o [B, T, H, V] in v's dtype and the state after the last token [B, H, K, V] in fp32 (fp64 if q, k or v is fp64).
+
+    Raises:
+        ValueError: an unknown rule, an argument that the rule lacks or does not use, or a shape that does not fit.
+
+    Example:
+        >>> q, k, v = (torch.nn.functional.normalize(torch.randn(1, 6, 2, 8), dim=-1) for _ in range(3))
+        >>> decay, beta = -torch.rand(1, 6, 2), torch.rand(1, 6, 2)
+        >>> o, _ = linear_attention(q, k, v, decay, beta)
+        >>> _, state = linear_attention(*(x[:, :4] for x in (q, k, v, decay, beta)))
+        >>> last, _ = linear_attention(*(x[:, 4:] for x in (q, k, v, decay, beta)), state)
+        >>> torch.allclose(last, o[:, 4:], atol=1e-5)
+        True
+    """
+    expect("q", q, (None, None, None, None))
+    batch, length, heads, channels = q.shape
+    expect("k", k, (batch, length, heads, channels))
+    expect("v", v, (batch, length, heads, None))
+    _check_rule(rule, decay, beta)
+    if rule not in DECAY_RULES and decay is not None:
+        raise ValueError(f"decay is given, but rule {rule!r} does not use it: leave it out or choose a gated rule")
+    if rule not in DELTA_RULES and beta is not None:
+        raise ValueError(f"beta is given, but rule {rule!r} does not use it: leave it out or choose a delta rule")
+    if decay is not None:
+        expect("decay", decay, (batch, length, heads) if decay.dim() == 3 else (batch, length, heads, channels))
+    if beta is not None:
+        expect("beta", beta, (batch, length, heads))
+    if state is not None:
+        expect("state", state, (batch, heads, channels, v.shape[-1]))
+    return torch.ops.hydra.linear_attention.default(q, k, v, decay, beta, state, rule=rule, scale=scale)
+
+
+def _check_rule(rule: str, decay: Tensor | None, beta: Tensor | None) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
+    if rule in DECAY_RULES and decay is None:
+        raise ValueError(f"decay is missing: rule {rule!r} needs it, [B, T, H] or [B, T, H, K]")
+    if rule in DELTA_RULES and beta is None:
+        raise ValueError(f"beta is missing: rule {rule!r} needs it, [B, T, H]")
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? decay=None, Tensor? beta=None, Tensor? state=None"
+_OPTIONS = 'str rule="gated_delta", float? scale=None'
+
+
+# --- without gradients -------------------------------------------------------------------------------------------------------
+
+
+@torch._disable_dynamo  # as custom_op does with its kernels; torch.compiler.disable would import all of dynamo
+def _run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+    _check_rule(rule, decay, beta)
+    case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule)
+    forward = registry.kernel("linear_attention", case, q.device).forward
+    with full_precision(q):
+        o, final = forward(q, k, v, decay, beta, state, rule=rule, scale=scale)
+    return exact(o), exact(final)
+
+
+def _fake_run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+    _check_rule(rule, decay, beta)
+    wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+    return fake(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=wide)
+
+
+# --- for training ------------------------------------------------------------------------------------------------------------
+
+
+def _training_module(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, rule: str
+) -> ModuleType:
+    case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule, trains=True)
+    return registry.kernel("linear_attention", case, q.device)
+
+
+@torch.library.custom_op(
+    "hydra::linear_attention_forward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor o, Tensor state, Tensor[] kept)",
+)
+def _forward(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+    _check_rule(rule, decay, beta)
+    module = _training_module(q, k, v, decay, state, rule)
+    inputs, kept = (q, k, v, decay, beta, state), ()
+    with full_precision(q):
+        if hasattr(module, "forward_keeping"):
+            o, final, kept = module.forward_keeping(*inputs, rule=rule, scale=scale)
+        else:
+            o, final = module.forward(*inputs, rule=rule, scale=scale)
+    return exact(o), exact(final), [exact(x) for x in kept]
+
+
+@_forward.register_fake
+def _(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+    o, final = _fake_run(q, k, v, decay, beta, state, rule=rule, scale=scale)
+    module = _training_module(q, k, v, decay, state, rule)
+    if not hasattr(module, "forward_keeping"):
+        return o, final, []
+    return o, final, list(module.kept_like(q, k, v, decay, beta, state, rule=rule, scale=scale))
+
+
+@torch.library.custom_op(
+    "hydra::linear_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_o, Tensor? grad_state, Tensor[] kept, {_INPUTS}, *, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad_o, grad_state, kept, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+    case = registry.linear_attention_case("backward", q, k, v, decay, state, rule=rule)
+    backward = registry.kernel("linear_attention", case, q.device).backward
+    with full_precision(q):
+        options = {"kept": kept} if kept else {}
+        grads = backward(grad_o, grad_state, q, k, v, decay, beta, state, rule=rule, scale=scale, **options)
+    return tuple(or_empty(grad, q) for grad in grads)
+
+
+@_backward.register_fake
+def _(grad_o, grad_state, kept, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+    return tuple(fake_or_empty(x, q) for x in (q, k, v, decay, beta, state))
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------------------
+
+
+class _Training(torch.autograd.Function):
+    """`hydra::linear_attention_forward` and `hydra::linear_attention_backward`, called below autograd."""
+
+    @staticmethod
+    def forward(ctx, below, options, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            o, final, kept = torch.ops.hydra.linear_attention_forward.default.redispatch(below, *inputs, **options)
+        save(ctx, (*inputs, *kept), options)
+        ctx.set_materialize_grads(False)  # Nobody needs the last state's gradient in training: kernels do without it.
+        return o, final
+
+    @staticmethod
+    def backward(ctx, grad_o, grad_state):
+        q, k, v, decay, beta, state, *kept = ctx.saved_tensors
+        inputs = (q, k, v, decay, beta, state)
+        if grad_o is None:
+            grad_o = torch.zeros_like(v)
+        grads = torch.ops.hydra.linear_attention_backward.default(grad_o, grad_state, kept, *inputs, **ctx.options)
+        return None, None, *given(grads, inputs)
+
+
+def _autograd(keys, q, k, v, decay=None, beta=None, state=None, **options):
+    inputs, below = (q, k, v, decay, beta, state), keys & torch._C._after_autograd_keyset
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _Training.apply(below, options, *inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.hydra.linear_attention.default.redispatch(below, *inputs, **options)
+
+
+# Not by custom_op, which has an autograd kernel of its own: it would call this operator again below autograd, and no other one.
+_LIBRARY = torch.library.Library("hydra", "FRAGMENT")
+_LIBRARY.define(
+    f"linear_attention({_INPUTS}, *, {_OPTIONS}) -> (Tensor o, Tensor state)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.register_fake("hydra::linear_attention", _fake_run, lib=_LIBRARY)
+_LIBRARY.impl("linear_attention", _run, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_attention", _autograd, "Autograd", with_keyset=True)

@@ -1,0 +1,66 @@
+"""The dialect's files: examples that run, names for all operators, and imports in one direction."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import torch
+
+import hydrasurgery
+from hydrasurgery import ops
+from hydrasurgery.dialect import names
+
+ROOT = Path(hydrasurgery.__file__).parent
+FILES = sorted(path for folder in ("dialect", "kernels") for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("hydrasurgery", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of this library that a file imports, lazily or for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & {module_of(each) for each in FILES}
+            found |= inner or {str(node.module)}
+    return {name for name in found if name.startswith("hydrasurgery")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dialect").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(path: Path) -> None:
+    module = importlib.import_module(module_of(path))
+    torch.manual_seed(0)
+    assert doctest.testmod(module).failed == 0
+
+
+def test_every_function_has_an_example() -> None:
+    functions = [getattr(ops, name) for name in ops.__all__ if callable(getattr(ops, name))]
+    assert len(functions) == 8
+    assert all(">>>" in function.__doc__ for function in functions)
+
+
+def test_kernels_know_no_operator_and_no_file_is_in_a_circle() -> None:
+    graph = {module_of(path): imported(path) for path in FILES}
+    for name, others in graph.items():
+        known = ("hydrasurgery.kernels",) if ".kernels" in name else ("hydrasurgery.kernels", "hydrasurgery.dialect")
+        assert all(other.startswith(known) for other in others), name
+    list(TopologicalSorter(graph).static_order())  # raises a CycleError
+
+
+def test_names_are_those_of_registered_operators() -> None:
+    targets = [value for value in vars(names).values() if isinstance(value, torch._ops.OpOverload)]
+    assert len(targets) == 7
+    assert {str(x) for x in targets if x.namespace == "hydra"} == {
+        f"hydra.{name}.default"
+        for name in "attention linear_attention causal_conv scale_norm_fusion token_positions decode_step".split()
+    }
+    assert set(names.DECAY_RULES) | set(names.DELTA_RULES) < set(names.RULES)
