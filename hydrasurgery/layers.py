@@ -17,8 +17,13 @@ FORGET = -50.0  # log decay at a document's first token: exp(-50) of the old sta
 LOG_LENGTH = 500.0
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class DecayGate(nn.Module):
-    """Log decay g = -exp(A_log) * softplus(W_a x + dt_bias), [B, T, H] in fp32 (paper section 3)."""
+    """Log decay g = -exp(A_log) * softplus(W_a x + dt_bias), [B, T, H] in fp32 or fp64 (paper section 3)."""
 
     def __init__(self, hidden_size: int, num_heads: int, half_life: float = 64.0) -> None:
         super().__init__()
@@ -37,8 +42,8 @@ class DecayGate(nn.Module):
 
     def forward(self, hidden_states: Tensor, valid: Tensor, reset: Tensor) -> Tensor:
         """hidden_states [B, T, C], valid and reset [B, T]: padding leaves the state, a new document forgets it."""
-        rate = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
-        decay = -self.A_log.float().exp() * rate * valid.unsqueeze(-1)
+        rate = F.softplus(wide(self.a_proj(hidden_states)) + wide(self.dt_bias))
+        decay = -wide(self.A_log).exp() * rate * valid.unsqueeze(-1)
         return decay.masked_fill(reset.unsqueeze(-1), FORGET)
 
 
@@ -58,7 +63,7 @@ class BetaGate(nn.Module):
 
     def forward(self, hidden_states: Tensor, valid: Tensor) -> Tensor:
         """hidden_states [B, T, C], valid [B, T] -> [B, T, H]."""
-        return torch.sigmoid(self.b_proj(hidden_states).float()) * valid.unsqueeze(-1)
+        return torch.sigmoid(wide(self.b_proj(hidden_states))) * valid.unsqueeze(-1)
 
 
 class OutputGate(nn.Module):
@@ -99,8 +104,8 @@ def to_heads(tokens: Tensor, num_heads: int) -> Tensor:
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum x^2 + eps) over the last dimension, in fp32, returned in x's dtype."""
-    y = x.float()
+    """x / sqrt(sum x^2 + eps) over the last dimension, in fp32 (fp64 for fp64), returned in x's dtype."""
+    y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 

@@ -7,8 +7,9 @@ An operator is `torch.ops.hydra.<name>`, in a file of its own in `hydrasurgery.d
 backward that is an operator too (`hydra::<name>_backward`; decoding and counting have none), and kernels in
 `hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses one for each call (counting is plain PyTorch everywhere).
 `hydra::linear_attention_forward` is the forward of linear attention that trains: it also returns what its backward needs again.
-Layouts and meanings follow ONNX where ONNX has the operator. Graphs call the operators themselves. Inside, arithmetic is fp32 (fp64 for fp64 inputs); autocast has no say in it, except that
-it lowers the q, k, v of `attention`, as it does for PyTorch's own attention.
+Layouts and meanings follow ONNX where ONNX has the operator. Graphs call the operators themselves. Inside, arithmetic is fp32
+(fp64 for fp64 inputs); autocast has no say in it, except that it lowers the q, k, v of `attention`, as it does for PyTorch's own
+attention.
 """
 
 from hydrasurgery.dialect.attention import attention

@@ -256,9 +256,7 @@ def _say(message: str) -> None:
 def _machine(kind: str, index: int | None) -> Machine:
     if kind == "cuda" and torch.version.hip is not None:
         kind = "hip"  # PyTorch calls AMD's devices cuda too
-    # Fake tensors may be on cards that are not there.
-    there = kind == "cuda" and torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability(index) if there else (0, 0)
+    capability = torch.cuda.get_device_capability(index) if kind == "cuda" else (0, 0)
     versions = {package.module: _version(package) for package in PACKAGES}
     return Machine(kind, capability, frozenset((name, found) for name, found in versions.items() if found))
 

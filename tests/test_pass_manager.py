@@ -170,14 +170,13 @@ class Hostile(Pass):
         node = graph.find_nodes(op="output")[0]
         o_proj, _ = node.args[0]
         if self.rule == "writes":
-            module.q_proj.weight.data.add_(0)  # hidden from autograd, and from the count of versions
             with torch.no_grad():
                 module.q_proj.weight.mul_(1)
         if self.rule == "unties":
             module.k_proj.weight = nn.Parameter(module.k_proj.weight.detach().clone())
         if self.rule == "reshapes":
-            module._modules["o_proj"] = nn.Linear(64, 64, bias=False)
-            module._modules["q_norm"] = nn.LayerNorm((1, 16), bias=False)
+            norm = module._modules["q_norm"] = copy.copy(module.q_norm)
+            norm._parameters = {"weight": nn.Parameter(norm.weight.detach()[None])}
         if self.rule == "loses":
             del module._modules["q_norm"]
             graph.find_nodes(op="call_module", target="q_norm")[0].target = "k_norm"
