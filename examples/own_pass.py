@@ -15,8 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import hydrasurgery as hs
 from hydrasurgery.dialect.names import ATTENTION
 from hydrasurgery.ir.region import Region
-from hydrasurgery.passes import Pass, PassResult
-from hydrasurgery.passes.base import new_parameters, register
+from hydrasurgery.passes import Pass, PassResult, register
 
 
 class Temperature(nn.Module):
@@ -42,7 +41,7 @@ class TemperHeads(Pass):
         node = next((n for n in region.find(ATTENTION) if n.meta.get("kind") == "full"), None)
         if node is None:
             return PassResult(region, False)
-        path = new_parameters(region, "temperature", Temperature(len(region.full_heads)))
+        path = region.add("temperature", Temperature(len(region.full_heads)))
         with region.graph.inserting_before(node):
             queries = region.graph.call_module(path, (node.args[0],))
         node.update_arg(0, queries)

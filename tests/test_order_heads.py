@@ -28,7 +28,7 @@ FOLDED = ("llama", "qwen3", "qwen2")
 
 def selections(hybrid: torch.nn.Module) -> list[tuple[int, ...]]:
     """The heads of every selection left in the first layer."""
-    region = next(iter(hs.region_modules(hybrid).values()))
+    region = hs.regions(hybrid)[0]
     return [n.args[1] for n in region.graph.nodes if n.target is ops.select_heads]
 
 
@@ -45,7 +45,7 @@ def pair(model: torch.nn.Module, kinds: tuple[str, ...] = KINDS):
 def carry(old: hs.RegionModule, new: hs.RegionModule) -> None:
     """Move what stirring gave the linear heads, head by head, to their new slots."""
     before = [h for h, kind in enumerate(old.kinds) if kind == "linear"]
-    after = [h for h, kind in zip(new.teacher_heads, new.kinds, strict=True) if kind == "linear"]
+    after = [h for h, kind in zip(new.region.teacher_heads, new.kinds, strict=True) if kind == "linear"]
     rows = torch.tensor([before.index(head) for head in after])
     for (name, target), source in zip(new.hydra.named_parameters(), old.hydra.parameters(), strict=True):
         heads = source.unflatten(0, (len(rows), -1)) if source.shape[0] % len(rows) == 0 else source
@@ -71,7 +71,7 @@ def test_numbers_are_those_of_the_unordered_hybrid(both):
 def test_selections_are_slices_and_nothing_is_put_back(both):
     for heads in selections(both[1]):
         assert all(b - a in (0, 1) for a, b in zip(heads, heads[1:], strict=False))  # a slice, or each of one repeated
-    region = next(iter(hs.region_modules(both[1]).values()))
+    region = hs.regions(both[1])[0]
     assert region.kinds == ("full",) * 3 + ("linear",) * 5
     assert region.teacher_heads == (4, 5, 3, 2, 0, 1, 6, 7)
 
@@ -94,7 +94,7 @@ def test_saved_copied_and_pickled_hybrids_are_bit_equal(both, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     for other in (loaded, copy.deepcopy(hybrid), pickle.loads(pickle.dumps(hybrid))):
         assert torch.equal(other(IDS, use_cache=False).logits, expected)
-    layers = [list(hs.region_modules(each).values()) for each in (loaded, hybrid)]
+    layers = [hs.regions(each) for each in (loaded, hybrid)]
     assert all(a.teacher_heads == b.teacher_heads for a, b in zip(*layers, strict=True))
 
 
@@ -136,7 +136,7 @@ def test_any_kinds_give_the_softmax_layer_back_before_linearising(kinds):
     wanted = model(IDS).logits
     ordered = hs.rewrite(model, half_plan(model, tuple(kinds)), pipeline=f"{HEAD},order-heads,prune-projections")
     torch.testing.assert_close(ordered(IDS).logits, wanted, atol=1e-5, rtol=1e-4)
-    region = next(iter(hs.region_modules(ordered).values()))
+    region = hs.regions(ordered)[0]
     assert all(region.teacher_heads[i] // 2 == region.teacher_heads[i + 1] // 2 for i in range(0, 8, 2))
     assert selections(ordered) == []
     mixed = sum(kinds[i] != kinds[i + 1] for i in range(0, 8, 2))

@@ -38,7 +38,7 @@ def attention(hybrid: nn.Module) -> hs.RegionModule:
 
 def selections(hybrid: nn.Module) -> list[str]:
     """Names of the selections of heads that are left in the first layer."""
-    return [n.name for n in attention(hybrid).graph.nodes if n.target is ops.select_heads]
+    return [n.name for n in hs.regions(hybrid)[0].graph.nodes if n.target is ops.select_heads]
 
 
 @pytest.fixture(params=UNTIED, scope="module")
