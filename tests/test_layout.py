@@ -6,9 +6,13 @@ import ast
 import importlib
 import os
 import re
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import hydrasurgery
 
@@ -122,3 +126,57 @@ def test_type_checkers_find_every_file() -> None:
 def test_no_file_is_too_long_to_read_at_once() -> None:
     long = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in files().items()}
     assert not {module: lines for module, lines in long.items() if lines > LINES}
+
+
+def test_every_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1])  # type: ignore[index]
+    assert sorted(listed) == [module for module, file in files().items() if file.name == "__init__.py"]
+
+
+def test_the_walks_of_the_map_lead_over_files_that_are_there_once_each() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Three walks")[2]
+    walks = [re.findall(r"^\d+\. `([^`]+\.py)`", walk, re.M) for walk in re.split(r"\n\n(?=[A-Z`])", text)]
+    walks = [walk for walk in walks if walk]
+    assert [len(walk) for walk in walks] == [16, 11, 12]
+    for walk in walks:
+        assert len(set(walk)) == len(walk)
+        assert all((ROOT / step).is_file() for step in walk), walk
+
+
+CASES = {
+    "torch": "",
+    "hydrasurgery": "transformers rich matplotlib torch",
+    "hydrasurgery.ops": "transformers rich matplotlib triton",
+}
+
+
+@pytest.mark.parametrize("module", CASES)
+def test_importing_loads_no_more_than_is_used(module: str) -> None:
+    script = f"import {module}, sys; print(*[m for m in {CASES[module].split()} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout.strip() == ""
+
+
+def test_the_operators_take_little_longer_to_import_than_torch() -> None:
+    """A consumer of `.pt2` files imports these and nothing else."""
+
+    def seconds(module: str) -> float:
+        script = f"import time; begun = time.process_time(); import {module}; print(time.process_time() - begun)"
+        return float(
+            subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        )
+
+    pairs = [(seconds("torch"), seconds("hydrasurgery.ops")) for _ in range(5)]
+    assert min(ours for _, ours in pairs) < 1.5 * min(torch for torch, _ in pairs), pairs
+
+
+def test_a_saved_hybrid_loads_after_importing_the_package_only() -> None:
+    script = (
+        "import hydrasurgery, sys; assert 'transformers' not in sys.modules\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('tests/data/hybrid-default')\n"
+        "print(len(hydrasurgery.region_modules(model)), model.set_attn_implementation('hydra'))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.strip() == "2 None", ran.stderr
