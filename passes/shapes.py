@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -40,6 +39,8 @@ class ShapeInference:
         self._keys: dict[int, Any] = {}
 
     def _symbol(self, name: str, hint: int) -> torch.SymInt:
+        from torch._dynamo.source import ConstantSource  # loads dynamo, which nothing else here needs
+
         source = ConstantSource(name)
         symbol = self._env.create_symbol(hint, source, DimDynamic.DYNAMIC)
         size: Any = self._env.create_symintnode(symbol, hint=hint, source=source)
