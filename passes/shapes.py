@@ -33,6 +33,7 @@ class ShapeInference:
     def __init__(self) -> None:
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        self._mode.cache_enabled = False  # results are remembered here, by node
         self._sizes = {name: self._symbol(name, hint) for name, (hint, _) in SYMBOLS.items()}
         self._names = {str(size.node.expr): name for name, size in self._sizes.items()}
         self._known: dict[Any, Any] = {}
