@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -55,7 +56,7 @@ class ShapeInference:
             Exception: what a node raises.
         """
         values: dict[fx.Node, Any] = {}
-        with self._mode, torch.no_grad():
+        with enable_python_dispatcher(), self._mode, torch.no_grad():  # C++ would take the hints for sizes
             for node in region.graph.nodes:
                 if node.op == "output":
                     continue
