@@ -1,7 +1,7 @@
 """What a training forward keeps is kept in compiled graphs too: `python -m tests.gpu.check_training_keeps`.
 
 A step of forward and backward is profiled, eager and compiled. Where the backward gets what the forward kept, the kernel that
-finds it runs once a layer; else twice. Prints these launches and the milliseconds of a step; exit code 1 if any layer does it twice.
+finds it runs once a layer; else twice. These launches and the milliseconds of a step are printed; exit code 1 if it runs twice.
 """
 
 from __future__ import annotations
