@@ -2,7 +2,7 @@
 
 Every generator takes its seed and nothing else that varies, so that the same call gives the same tensors; none of them
 runs a model. Two ways of writing a needle exist, chosen by the tokenizer: with the demo's own key and value tokens
-(`<key_017> <value_03> <value_41>`, a question is the key once more), or, for any other tokenizer, in words
+(`<key_017> <value_03> <value_41>`; a question is the key once more), or, for any other tokenizer, in words
 ("The special magic number for river is 48213.").
 """
 
@@ -44,6 +44,8 @@ class TaskBatch:
         answer_positions: [B, Q, A] int64: position p's logits predict `input_ids[p + 1]`, token A of question Q.
             Empty (Q = A = 0) for plain text.
         chance: the probability that a blind guess of a whole answer is right.
+
+    Example: see `needles`.
     """
 
     task: str
@@ -57,8 +59,8 @@ class TaskBatch:
 class Pair:
     """A prompt and its counterfactual, for causal scoring (paper section 2, eq. 9).
 
-    The two differ in the asked key's value where it is stated, and nowhere else: the teacher-forced start of the answer
-    at the end is the clean one in both, so that every effect starts at the stated value.
+    The two differ in the asked key's value where it is stated, and nowhere else: the answer's first tokens, which end the
+    prompt, are the clean ones in both, so that every effect starts at the stated value.
 
     Attributes:
         clean_ids, corrupt_ids: [T] int64.
@@ -67,6 +69,8 @@ class Pair:
         value_positions: [A] int64, where the asked value is stated: the only places at which the prompts differ. For
             a question about what is not stated (a fact, a sum), the places of the question's changed part, any number.
         task: the probe that the pair is of, with its length: "needle-4@256".
+
+    Example: see `needle_pairs`.
     """
 
     clean_ids: Tensor
@@ -213,6 +217,7 @@ def needles(
     """Facts hidden at random depths in real text; the questions at the end ask `questions` of them.
 
     Args:
+        tokenizer: writes facts with the demo's own tokens where it has them, else in words.
         length: T, tokens a sequence.
         count: B, sequences.
         seed: the only source of chance; an int or several (a run's seed and a step, say).
@@ -224,6 +229,15 @@ def needles(
     Raises:
         TokenizerError: the tokenizer has only some of the demo's tokens, or cannot write matching numbers.
         DataError: the facts and questions do not fit into `length`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> tokenizer = load_teacher()[1]
+        >>> batch = needles(tokenizer, length=32, count=2, seed=0)
+        >>> batch.input_ids.shape, batch.answer_positions.tolist()
+        (torch.Size([2, 32]), [[[29, 30]], [[29, 30]]])
+        >>> tokenizer.decode(batch.input_ids[0, -3:])
+        '<key_125><value_50><value_17>'
     """
     rng = np.random.default_rng(seed)
     writer, text = _writer(tokenizer), _text(tokenizer, text_ids)
@@ -244,10 +258,28 @@ def needle_pairs(
     num_keys: int = 4,
     text_ids: Tensor | None = None,
 ) -> list[Pair]:
-    """Counterfactual pairs for causal scoring: `count` prompts of `length` tokens, arguments and errors as `needles`.
+    """Counterfactual pairs for causal scoring.
 
-    The corrupt prompt is the clean one with the asked key's value spliced over by a distractor of the same type, the
-    same token count and a different token at every place; it is the value of no other key.
+    The corrupt prompt is the clean one, in which a distractor has the place of the asked key's value: of the same type, of
+    as many tokens, different at every place, and the value of no other key.
+
+    Args:
+        tokenizer: as in `needles`.
+        length: T, tokens a prompt.
+        count: pairs.
+        seed: as in `needles`.
+        num_keys: facts a prompt, of which one is asked.
+        text_ids: as in `needles`.
+
+    Raises:
+        TokenizerError, DataError: as `needles`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> pair = needle_pairs(load_teacher()[1], length=32, count=1, seed=0)[0]
+        >>> differing = (pair.clean_ids != pair.corrupt_ids).nonzero().flatten()
+        >>> torch.equal(differing, pair.value_positions), torch.equal(pair.clean_ids[differing], pair.answer_ids)
+        (True, True)
     """
     rng = np.random.default_rng(seed)
     writer, text = _writer(tokenizer), Text(tokenizer, text_ids)
@@ -260,7 +292,7 @@ def needle_pairs(
 
 
 def chained_facts(text: Text, chains: int, hops: int, rng: np.random.Generator) -> tuple[list[_Fact], int]:
-    """Facts whose names are given to other names, `hops` times each, and the number of the fact that is asked.
+    """Facts, after each `hops` names that stand for the one before, and the number of the fact that is asked.
 
     The asked fact's question is the last name of its chain; a name is stated after the one it stands for.
     """
@@ -304,7 +336,7 @@ class Text:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def fill(self, length: int, used: int, rng: np.random.Generator, task: str) -> list[int]:
-        """The `length - used` tokens that a prompt lacks, from a random place; DataError where `used` is more."""
+        """The `length - used` tokens that a prompt lacks, from a random place; DataError if `used` is above `length`."""
         if used > length:
             raise DataError(f"{task}: the question needs {used} tokens, but the length is {length}; give a greater one")
         return _window(self.ids, length - used, rng).tolist()
@@ -325,12 +357,22 @@ def dense_recall(
     Keys are unique within a sequence, so at most 128 facts fit; the rest of a longer sequence is text between them.
 
     Args:
+        tokenizer: one with the demo's tokens.
+        length: T, tokens a sequence.
+        count: B, sequences.
+        seed: as in `needles`.
         num_pairs: facts; by default as many as fill three quarters of the sequence, at most one a key.
         questions: Q; by default a third of the facts. More than there are facts ask them again, round by round.
+        text_ids: as in `needles`.
 
     Raises:
         TokenizerError: a key or value token is missing.
         DataError: the facts and questions do not fit into `length`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> dense_recall(load_teacher()[1], length=64, count=2, seed=0).answer_positions.shape  # [B, Q, A]
+        torch.Size([2, 5, 2])
     """
     rng = np.random.default_rng(seed)
     writer, text = _SymbolWriter(tokenizer), _text(tokenizer, text_ids)
@@ -357,7 +399,22 @@ def dense_recall(
 def plain_text(
     tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: Seed, *, text_ids: Tensor | None = None
 ) -> TaskBatch:
-    """Windows of real text from random places; every token but the first is labelled, and no question is asked."""
+    """Windows of real text from random places; every token but the first is labelled, and no question is asked.
+
+    Args:
+        tokenizer: any.
+        length: T, tokens a sequence, its own first token (bos) included.
+        count: B, sequences.
+        seed, text_ids: as in `needles`.
+
+    Raises:
+        DataError: `length` leaves no room for text.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> plain_text(load_teacher()[1], length=32, count=2, seed=0).input_ids.shape
+        torch.Size([2, 32])
+    """
     rng = np.random.default_rng(seed)
     text = _text(tokenizer, text_ids)
     prefix = np.array(_prefix(tokenizer), dtype=np.int64)
@@ -370,7 +427,13 @@ def plain_text(
 
 
 def has_symbols(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer has the demo's key tokens, so that needles are written with them and not in words."""
+    """Whether needles are written with the demo's key tokens, which `tokenizer` then has, and not in words.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> has_symbols(load_teacher()[1])
+        True
+    """
     return tokenizer.convert_tokens_to_ids(KEY_TOKENS[0]) not in (None, tokenizer.unk_token_id)
 
 

@@ -50,9 +50,17 @@ class Replayer:
         pairs: Those whose runs will be replayed.
 
     Example:
-        >>> replayer = Replayer(model, taps, [pair])
-        >>> (run,) = record(model, taps, [pair], whole=not replayer.local)
-        >>> logits = replayer.replay(run, 1, frozen(run, 1))  # [1, A, vocabulary], those of the clean run
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.ir.taps import head_taps
+        >>> from hydrasurgery.selection import probe_pairs
+        >>> model, tokenizer = load_teacher()
+        >>> pairs = probe_pairs(model, tokenizer, length=48, count=2)
+        >>> with torch.no_grad(), head_taps(model) as taps:
+        ...     replayer = Replayer(model, taps, pairs[:1])
+        ...     (run,) = record(model, taps, pairs[:1], whole=not replayer.local)
+        ...     logits = replayer.replay(run, 1, frozen(run, 1))[0]
+        >>> torch.allclose(logits, run.clean_logits, atol=1e-3)
+        True
     """
 
     def __init__(self, model: nn.Module, taps: Taps, pairs: Sequence[Pair]) -> None:

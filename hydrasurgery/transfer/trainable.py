@@ -18,7 +18,20 @@ from hydrasurgery.transfer.recipe import Stage
 
 
 def shared_names(hybrid: nn.Module, teacher: nn.Module | None) -> set[str]:
-    """Names of the hybrid's parameters that are, by identity, parameters of the teacher."""
+    """Names of the hybrid's parameters that are, by identity, parameters of the teacher.
+
+    Args:
+        hybrid: what `rewrite(teacher, plan)` gave.
+        teacher: the model it was cut from; None shares nothing.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> "model.layers.0.self_attn.q_proj.weight" in shared_names(hybrid, teacher)
+        True
+    """
     owned = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
     return {name for name, parameter in hybrid.named_parameters() if id(parameter) in owned}
 
@@ -30,7 +43,19 @@ def region_names(hybrid: nn.Module) -> set[str]:
 
 
 def addition_names(hybrid: nn.Module) -> set[str]:
-    """Names of what the surgery put under the regions' `hydra`: what `align` trains unless told otherwise."""
+    """Names of what the surgery put under the regions' `hydra`: what `align` trains unless told otherwise.
+
+    Args:
+        hybrid: what `rewrite(teacher, plan)` gave.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> "model.layers.0.self_attn.hydra.gamma" in addition_names(hybrid)
+        True
+    """
     added = {id(parameter) for region in region_modules(hybrid).values() for parameter in region.hydra.parameters()}
     return {name for name, parameter in hybrid.named_parameters() if id(parameter) in added}
 
@@ -99,11 +124,23 @@ def unshare(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
 
     Parameters tied to each other stay tied: one copy takes the place of one original wherever it occurs.
 
+    Args:
+        hybrid: what `rewrite(teacher, plan)` gave.
+        teacher: the model it was cut from; it keeps its parameters.
+
     Returns:
         The names of the parameters that were shared.
 
     Raises:
         PlanError: a module is part of both models, so that no copy could belong to the hybrid only.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> len(unshare(hybrid, teacher)) > 0, shared_names(hybrid, teacher)
+        (True, set())
     """
     names = shared_names(hybrid, teacher)
     originals = {id(parameter): parameter for parameter in teacher.parameters()}
