@@ -78,7 +78,6 @@ def plan_heads(
         tie: Resolution of the scores, in the scores' own unit (1 is the whole effect of an answer; `swap-kl` scores are
             nats and far smaller, so give 0 or their resolution).
         layer: How the hybrid layers are built: LayerOptions, or text such as "hydrahead" or "conv=none" (`LayerOptions.of`).
-        (16, 128, 'full')
 
     Returns:
         The plan; printing it draws a map of the heads.
@@ -92,6 +91,7 @@ def plan_heads(
         >>> from hydrasurgery.demo.teacher import load_teacher
         >>> plan = hs.plan_heads(load_teacher()[0], ratio="7:1", strategy="random", keep=[(3, 0)])
         >>> plan.num_full, plan.num_heads, plan.layers[3].kinds[0]
+        (16, 128, 'full')
     """
     _check_options(unit, strategy, group_score, budget, min_full_per_layer, tie)
     options = LayerOptions.of(layer)

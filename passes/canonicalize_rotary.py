@@ -1,4 +1,4 @@
-"""canonicalize-rotary: the rotary embedding of q and of k becomes one node each, so that they are in reach before it."""
+"""canonicalize-rotary: the rotary embedding of q and of k becomes one node each, so that passes can reach q and k before it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hydrasurgery.decoders import check_length, evaluating, logits_at, takes, vocabulary_size
 from hydrasurgery.errors import DataError
-from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, has_symbols, needles, plain_text
+from hydrasurgery.evaluation.facts import has_symbols
+from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, needles, plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -35,6 +35,8 @@ class OnnxExport:
         bytes: of all files.
         states: names of the past inputs; each `past_key_values.N.kind` comes out as `present.N.kind`.
         fallbacks: decompositions of what the target has no operator for, with how often each was needed.
+
+    Example: see `export_onnx`.
     """
 
     path: Path

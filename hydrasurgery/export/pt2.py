@@ -26,6 +26,8 @@ class Pt2Export:
         bytes: its size.
         states: in the order of the program's last input.
         aot: whether it is compiled.
+
+    Example: see `export_pt2`.
     """
 
     path: Path
