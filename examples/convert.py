@@ -2,7 +2,7 @@
 
     python examples/convert.py Qwen/Qwen3-0.6B corpus.txt --out qwen3-hydra
 
-A run that stops is started again with the same words: the transfer goes on from its last checkpoint.
+Start a run that stopped again with the same arguments: the transfer goes on from its last checkpoint.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 20 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-    print(f"at last: loss {loss.item():.3f}")
+    print(f"at the end: loss {loss.item():.3f}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def fit_linear_heads(
 
     Args:
         q, k, v: [B, H, T, K], [B, H, T, K], [B, H, T, V] as the softmax attention got them (rotated, after q/k-norm).
-            k and v may have fewer heads than q; each then serves as many query heads as there are to one.
+            k and v may have fewer heads than q; each then serves an equal group of query heads.
         o: [B, T, H, V], the softmax heads' outputs.
         rule: linear, gated, delta or gated_delta. Rules without decay ignore `half_lives`, without beta `betas`.
         eps: Of the RMSNorm.

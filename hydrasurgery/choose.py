@@ -51,8 +51,8 @@ def plan_heads(
     Strategies: `constrained` keeps the highest scores of the whole model with at least `min_full_per_layer` units in
     each layer; `global` is the same without that floor; `per-layer` keeps the highest scores of each layer, as many in
     each; `random` draws instead of scoring, floor kept; `fixed` draws the same heads for each layer; `layerwise` keeps
-    whole layers, the last of each equal stretch, as few as hold no fewer units than the ratio asks; `all-linear` and
-    `all-full` say it.
+    whole layers, the last of each equal stretch, as few as hold no fewer units than the ratio asks for; `all-linear`
+    and `all-full` keep none and all.
 
     Scores that round to the same multiple of `tie` are equal; then the higher reconstruction error stays full (it
     converts worst), then the lower layer and head.
@@ -60,12 +60,13 @@ def plan_heads(
     The ratio L:F lets full heads spend F / (L + F) of what the teacher's do. By budget `heads` that is a number of
     units, round(total * F / (L + F)). By `kv-bytes` it is the cache of the KV heads that full heads read: query heads
     that share a KV head which is kept anyway cost nothing. By `flops` it is their attention arithmetic, in which a
-    window makes heads cheap. Both are filled in the order of the ranks, a unit that does not fit is passed over.
-    More is spent only where the floor or `keep` need it; `Plan.notes` says so.
+    window makes heads cheap. Both are filled in the order of the ranks; a unit that does not fit is passed over.
+    More is spent only where the floor or `keep` needs it; `Plan.notes` says so.
 
     Args:
         source: HeadScores (required by constrained, global and per-layer), or a model, or what `capture(model)` gives.
         ratio: "L:F", linear to full.
+        strategy: One of those above.
         unit: "head", or "kv-group": the query heads of a KV head share one kind, so that its cache can go.
         min_full_per_layer: Full units a layer has at least (constrained, random, fixed, per-layer).
         keep: (layer, head) numbers that stay full whatever the strategy; they count towards the ratio.
@@ -78,9 +79,19 @@ def plan_heads(
             nats and far smaller, so give 0 or their resolution).
         layer: How the hybrid layers are built: LayerOptions, or text such as "hydrahead" or "conv=none" (`LayerOptions.of`).
 
+    Returns:
+        The plan; printing it draws a map of the heads.
+
     Raises:
         PlanError: an unknown option, a keep or never entry that is no head, a head that is both, a floor above a
             layer's units, missing or non-finite scores.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> plan = hs.plan_heads(load_teacher()[0], ratio="7:1", strategy="random", keep=[(3, 0)])
+        >>> plan.num_full, plan.num_heads, plan.layers[3].kinds[0]
+        (16, 128, 'full')
     """
     _check_options(unit, strategy, group_score, budget, min_full_per_layer, tie)
     options = LayerOptions.of(layer)

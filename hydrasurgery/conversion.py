@@ -27,14 +27,14 @@ def rewrite(
     example_inputs: Any = None,
     dump: str | Path | None = None,
 ) -> nn.Module:
-    """Turn the heads that `plan` calls linear into linear attention; returns a hybrid, `model` stays the teacher.
+    """Turn the heads that `plan` calls linear into linear attention; returns a hybrid, and leaves `model` as it is.
 
     The hybrid is a new tree of modules that shares its parameter tensors with `model`: nothing is copied, and training
     the shared ones trains both. `hydrasurgery.distill` gives the hybrid its own before it trains them.
 
     Args:
-        model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`.
-        plan: which head is what.
+        model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`; all heads full.
+        plan: which head becomes what.
         layer: how a layer is built, instead of what the plan says: `hydrasurgery.LayerOptions`, or text such as "hydrahead" (the
             paper's layer) or "untie=true,conv=none". With `untie`, projections are pruned to the heads that read them where they
             can be; the pruned ones are new parameters, no longer the teacher's.
@@ -42,8 +42,20 @@ def rewrite(
         example_inputs: see `hydrasurgery.capture`.
         dump: a folder for the text of every region around every pass.
 
+    Returns:
+        The hybrid, in the model's mode (train or eval).
+
     Raises:
         UnsupportedModelError, PlanError, PassError: naming the module.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, tokenizer = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="7:1", strategy="random"))
+        >>> prompt = tokenizer("The for statement", return_tensors="pt")
+        >>> hybrid.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] - prompt["input_ids"].shape[1]
+        4
     """
     if layer is not None and pipeline is not None:
         raise PlanError("layer and pipeline both say how a layer is built; leave one of them out.")
@@ -68,8 +80,19 @@ def share_copy(model: nn.Module) -> nn.Module:
 def restore(model: nn.Module) -> nn.Module:
     """Put the original attention modules back, in place; returns `model`.
 
+    Args:
+        model: a hybrid that `rewrite` gave in this process.
+
     Raises:
         UnsupportedModelError: for a copy or a loaded checkpoint, which hold no originals.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> type(hs.restore(hybrid).model.layers[0].self_attn).__name__
+        'Qwen3Attention'
     """
     modules = region_modules(model)
     for name, module in modules.items():

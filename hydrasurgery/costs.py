@@ -16,9 +16,13 @@ CHUNK = 64  # tokens that the chunked linear kernels take at once
 class Forecast:
     """Cache and arithmetic of the attention at `length` tokens, for `batch` sequences.
 
-    Bytes: `teacher_kv` and `hybrid_kv` of keys and values, `state` of the recurrent states (fp32), `conv` of the short
-    convolutions' last inputs. FLOPs: of the attention itself over a prefill of `length` tokens; projections, which a
-    rewrite leaves as many as before or fewer, are not in them.
+    Attributes:
+        length: Tokens in the cache, and of the prefill.
+        batch: Sequences.
+        teacher_kv, hybrid_kv: Bytes of keys and values.
+        state: Bytes of the recurrent states (fp32).
+        conv: Bytes of the short convolutions' last inputs.
+        teacher_flops, hybrid_flops: FLOPs of the attention itself over a prefill of `length` tokens, without projections.
     """
 
     length: int
@@ -78,7 +82,21 @@ def forecast(
     Args:
         plan: A Plan, or an iterable of regions.
         length: Tokens in the cache, and of the prefill.
+        batch: Sequences.
+        bytes_per_element: Of keys, values and convolution inputs: 2 for half precision.
         conv_width: Taps of the short convolution on q, k and v, 0 where there is none; None takes those of the plan's layer.
+
+    Returns:
+        The counts; printing them gives a table.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> plan = hs.plan_heads(load_teacher()[0], ratio="7:1", strategy="layerwise")
+        >>> print(hs.forecast(plan, length=524288))
+        At 524,288 tokens, batch 1:
+          cache         2 GiB ->  256.1 MiB  (12.5% of the teacher's: 256 MiB KV, 112 KiB state, 31.5 KiB convolutions)
+          prefill    1.13e+15 ->   1.42e+14 FLOPs of attention (12.6%)
     """
     layers = [
         layer if isinstance(layer, LayerPlan) else replace(layer_shape(layer), kinds=tuple(layer.kinds))

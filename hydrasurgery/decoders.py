@@ -15,13 +15,20 @@ from hydrasurgery.errors import SequenceLengthError
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside the block, and each back in its own mode after it, after an error too.
+    """Inside the block every submodule is in eval mode; after it, also after an error, each is back in its own.
 
-    A module that stands in several of the models, or several times in one, comes back to the mode it had at first.
+    A module that is part of several models, or occurs several times in one, comes back to the mode it had at first.
+
+    Args:
+        models: any number of modules.
 
     Example:
-        >>> with evaluating(student, teacher), torch.no_grad():
-        ...     loss = kl(student(ids).logits, teacher(ids).logits)
+        >>> student, teacher = nn.Dropout(), nn.Dropout().eval()
+        >>> with evaluating(student, teacher):
+        ...     student.training, teacher.training
+        (False, False)
+        >>> student.training, teacher.training
+        (True, False)
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
@@ -37,11 +44,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def standing_still(*modules: nn.Module, output: Any) -> Iterator[None]:
     """Inside the block a call of any of the modules computes nothing and returns `output`.
 
-    The modules' hooks still run. After the block each module's own `forward` is back, one set on the object included.
+    The modules' hooks still run. After the block each module's own `forward` is back, even one that was set on the object.
 
-    Example: a language model's head, run on hidden states [B, T, C] that are there already.
-        >>> with standing_still(model.model, output=BaseModelOutputWithPast(last_hidden_state=hidden_states)):
-        ...     logits = model(input_ids=None, use_cache=False).logits
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> with standing_still(model[0], output=torch.tensor([-1.0, 3.0])):
+        ...     model(torch.zeros(2))
+        tensor([0., 3.])
     """
     own = [(vars(module), vars(module).get("forward")) for module in modules]
     try:
@@ -60,8 +69,9 @@ def takes(model: nn.Module, option: str) -> bool:
     """Whether the model's `forward` names an argument `option`.
 
     Example:
-        >>> takes(Qwen3ForCausalLM(config), "logits_to_keep")
-        True
+        >>> from transformers import Qwen3ForCausalLM
+        >>> takes(Qwen3ForCausalLM, "logits_to_keep"), takes(nn.Linear(2, 2), "logits_to_keep")
+        (True, False)
     """
     return option in inspect.signature(model.forward).parameters
 
@@ -70,14 +80,17 @@ def run_model(model: nn.Module, input_ids: Tensor, **options: Any) -> Any:
     """Call a decoder on `input_ids` [B, T] on its own device, without a cache where it knows of one.
 
     Args:
-        model: A decoder of transformers, or a plain module whose first argument are the tokens, whatever it calls them.
+        model: A decoder of transformers, or a plain module whose first argument is the tokens, whatever it calls them.
         options: Further arguments of its `forward`.
 
     Returns:
         What the model gives: an output object, a tuple or a tensor.
 
     Example:
-        >>> logits = run_model(model, input_ids).logits  # [B, T, vocabulary]
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, tokenizer = load_teacher()
+        >>> run_model(model, torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 5, len(tokenizer))
+        True
     """
     if _understands(model, "use_cache"):
         options = {"use_cache": False, **options}
@@ -91,10 +104,14 @@ def logits_at(model: nn.Module, input_ids: Tensor, positions: Tensor, position_i
         model: As in `run_model`; its output is the logits, holds them as `.logits`, or is a tuple that begins with them.
         input_ids: [B, T], no padding.
         positions: [P] int64, from 0 to T - 1.
-        position_ids: [B, T], for tokens that do not stand at 0 to T - 1; left out for a model that takes none.
+        position_ids: [B, T], for tokens whose places are not 0 to T - 1; left out for a model that takes none.
 
     Example:
-        >>> guesses = logits_at(model, input_ids, torch.tensor([input_ids.shape[1] - 1])).argmax(-1)  # [B, 1]
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, tokenizer = load_teacher()
+        >>> input_ids = torch.ones(1, 5, dtype=torch.long)
+        >>> logits_at(model, input_ids, torch.tensor([4])).shape == (1, 1, len(tokenizer))
+        True
     """
     wanted = {"position_ids": position_ids, "logits_to_keep": positions.to(_device(model, input_ids))}
     options = {name: value for name, value in wanted.items() if value is not None and _understands(model, name)}
@@ -104,11 +121,12 @@ def logits_at(model: nn.Module, input_ids: Tensor, positions: Tensor, position_i
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the part that reads text: `model.config`, or what that names as such; None for a plain module.
+    """The config of the part that reads text: `model.config`, or the one in it; None for a plain module.
 
     Example:
-        >>> text_config(model).num_hidden_layers
-        28
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> text_config(load_teacher()[0]).num_hidden_layers
+        8
     """
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -118,7 +136,9 @@ def position_limit(model: nn.Module) -> int | None:
     """The longest sequence, in tokens, that the model's positions are made for; None where it states no limit.
 
     Example:
-        >>> length = min(4096, position_limit(model) or 4096)
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> position_limit(load_teacher()[0])
+        4096
     """
     limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if limit and limit > 0 else None
@@ -135,7 +155,11 @@ def check_length(models: Sequence[nn.Module], length: int) -> None:
         SequenceLengthError: `length` is above a model's `position_limit`; the message names both numbers.
 
     Example:
-        >>> check_length([student, teacher], input_ids.shape[1])
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> check_length([load_teacher()[0]], 4097)
+        Traceback (most recent call last):
+        ...
+        hydrasurgery.errors.SequenceLengthError: Qwen3ForCausalLM: the sequence has 4097 tokens, ...
     """
     for model in models:
         limit = position_limit(model)
@@ -150,7 +174,10 @@ def vocabulary_size(model: nn.Module) -> int | None:
     """How many token ids the model knows: rows of its input embedding, or what its config says; None if neither is there.
 
     Example:
-        >>> fits = len(tokenizer) <= (vocabulary_size(model) or len(tokenizer))
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, tokenizer = load_teacher()
+        >>> vocabulary_size(model) == len(tokenizer)
+        True
     """
     if hasattr(model, "get_input_embeddings"):
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]

@@ -69,7 +69,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_files(path: str | os.PathLike[str], *others: Path) -> Iterator[Path]:
-    """Yield a temporary folder; when the block ends, the files in it move beside `path`, the one called so last.
+    """Yield a temporary folder; when the block ends, its files move to the folder of `path`, the one named like it last.
 
     Args:
         path: the file that the block makes under its own name. It must not exist, nor any of `others`.

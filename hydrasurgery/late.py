@@ -1,4 +1,4 @@
-"""What waits until another package is imported: so that importing this one loads no more than is used."""
+"""What waits until another package is imported, so that importing this one loads no more than is used."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class ConvWeight(nn.Module):
 
 def to_tokens(heads: Tensor, valid: Tensor) -> Tensor:
     """[B, H, T, D] -> [B, T, H * D] with padded tokens zeroed (valid [B, T])."""
-    # Cloned, not left to flatten: that copies or not by whether T is 1, and an exported graph would exclude one of the two.
+    # Cloned, not left to flatten: whether that copies depends on T being 1, and an exported graph would exclude one of the two.
     tokens = heads.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
     return tokens * valid.unsqueeze(-1).to(tokens.dtype)
 
@@ -147,7 +147,7 @@ def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, turn: str) -> Tensor:
 
 
 def scale_by_length(q: Tensor, positions: Tensor, a: float = LOG_LENGTH) -> Tensor:
-    """q [B, H, T, D] * log(p + a) / log(a) for positions p [B, T]: logits that grow as slowly as the keys become many.
+    """q [B, H, T, D] * log(p + a) / log(a) for positions p [B, T]: logits that grow slowly with the number of keys.
 
     The coefficient of HALO (thunlp), with its a = 500; 1 at a document's first token.
     """

@@ -22,7 +22,7 @@ class LayerOptions:
     Attributes:
         rule: the recurrence: linear, gated, delta or gated_delta (`hydrasurgery.ops.linear_attention`).
         full_norm: full heads pass the fusion unchanged, O_h = gate_h * o_h ("exact"), or as above ("paper").
-        full_rope: full heads rotate q and k as the teacher's do; without, they attend by content alone (NoPE).
+        full_rope: full heads rotate q and k as the teacher's do; without, they attend by content only (NoPE).
         log_length: full heads scale q by c = log(p + a) / log(a), a = 500, p tokens after its document's first; else c = 1.
         gate: linear heads have an output gate, 2 sigmoid(W_g x) a head, W_g = 0 at the start: 1.
         full_gate: full heads have that gate too.
@@ -33,6 +33,12 @@ class LayerOptions:
 
     Raises:
         PlanError: a value that is none of the above, or a gate of full heads only.
+
+    Example:
+        >>> LayerOptions(conv="none", untie=True) == LayerOptions.of("conv=none,untie=true")
+        True
+        >>> str(LayerOptions.of("hydrahead,conv=residual"))
+        'hydrahead,conv=residual'
     """
 
     rule: Rule = "gated_delta"
@@ -62,7 +68,7 @@ class LayerOptions:
 
     @classmethod
     def of(cls, value: LayerOptions | str) -> LayerOptions:
-        """Options themselves, or as text: a preset's name and/or `option=value` entries, as in `hydrahead,conv=residual`."""
+        """The options that `value` is, or says: a preset's name and/or `option=value` entries, as in `hydrahead,conv=residual`."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, str):

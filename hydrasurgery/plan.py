@@ -26,7 +26,13 @@ class LayerPlan:
     """One attention layer: the kind of each query head and the shape that a forecast needs.
 
     Query heads of KV head g are `g * num_heads // num_key_value_heads` up to the next group's first.
-    `window` is in tokens, None for attention over everything; `head_dim` and `value_dim` are widths of one head.
+
+    Attributes:
+        name: The attention module's path in the model.
+        kinds: "full" or "linear", one a query head.
+        num_key_value_heads: KV heads.
+        head_dim, value_dim: Widths of a head's keys and values.
+        window: Tokens that a query sees at most; None for all.
     """
 
     name: str
@@ -38,14 +44,17 @@ class LayerPlan:
 
     @property
     def num_heads(self) -> int:
+        """Query heads."""
         return len(self.kinds)
 
     @property
     def full_heads(self) -> tuple[int, ...]:
+        """Numbers of the heads that stay full."""
         return tuple(head for head, kind in enumerate(self.kinds) if kind == FULL)
 
     @property
     def linear_heads(self) -> tuple[int, ...]:
+        """Numbers of the heads that become linear."""
         return tuple(head for head, kind in enumerate(self.kinds) if kind == LINEAR)
 
     @property
@@ -62,7 +71,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model a plan was made for. Empty strings where a plan was made from bare regions."""
+    """The model a plan was made for.
+
+    Attributes:
+        architecture: Name of its class; empty where a plan was made from bare regions.
+        model_type: As its config says; empty without one.
+        num_layers: Attention layers.
+    """
 
     architecture: str = ""
     model_type: str = ""
@@ -74,6 +89,37 @@ class Plan:
     """The kind of every query head of a model, with what is needed to make the same plan again.
 
     `print(plan)` draws the map, `save`/`load` keep it as JSON whose bytes depend on nothing but the plan.
+
+    Attributes:
+        layers: One a layer, in order: what each of its heads becomes, and its shape.
+        unit: "head" or "kv-group": what was kept or converted as one.
+        strategy, ratio, min_full_per_layer, keep, never, budget, seed: What `plan_heads` was told.
+        model: The model that the plan was made for.
+        versions: Package -> version, of when the plan was made.
+        notes: Sentences on where the plan differs from what was asked.
+        layer: How the hybrid layers are built.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> plan = hs.plan_heads(load_teacher()[0], ratio="7:1", strategy="layerwise")
+        >>> print(plan)
+        Plan for Qwen3ForCausalLM: 8 layers (model.layers.0.self_attn ...), 128 query heads
+        full 16 of 128 heads (linear:full 7:1, asked 7:1), KV heads kept 8 of 64 (12.5%)
+        strategy layerwise, unit head, budget heads, seed 0
+        layer default
+        <BLANKLINE>
+        layer  █ full  · linear         full   KV kept
+            0  ·· ·· ·· ·· ·· ·· ·· ··  0/16   0/8
+            1  ·· ·· ·· ·· ·· ·· ·· ··  0/16   0/8
+            2  ·· ·· ·· ·· ·· ·· ·· ··  0/16   0/8
+            3  ·· ·· ·· ·· ·· ·· ·· ··  0/16   0/8
+            4  ·· ·· ·· ·· ·· ·· ·· ··  0/16   0/8
+            5  ·· ·· ·· ·· ·· ·· ·· ··  0/16   0/8
+            6  ·· ·· ·· ·· ·· ·· ·· ··  0/16   0/8
+            7  ██ ██ ██ ██ ██ ██ ██ ██  16/16  8/8
+        >>> hs.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     layers: tuple[LayerPlan, ...]
@@ -92,14 +138,17 @@ class Plan:
 
     @property
     def num_heads(self) -> int:
+        """Query heads of all layers."""
         return sum(layer.num_heads for layer in self.layers)
 
     @property
     def num_full(self) -> int:
+        """Heads that stay full."""
         return sum(len(layer.full_heads) for layer in self.layers)
 
     @property
     def num_linear(self) -> int:
+        """Heads that become linear."""
         return self.num_heads - self.num_full
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +173,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "plan") -> Plan:
-        """Rebuild a plan from `to_dict`'s result. `source` names the file in a PlanError."""
+        """The plan of `value`, what `to_dict` gave. `source` names the file in a PlanError."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise PlanError(f"{source}: not a plan (its format is not {FORMAT}). Give a file written by Plan.save.")
         if value.get("version") != VERSION:
@@ -163,7 +212,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:
-        """Read `to_json`'s text. PlanError names `source` if it is not JSON, not a plan, or of another version."""
+        """Read `text`, which `to_json` gave. PlanError names `source` if it is not JSON, not a plan, or of another version."""
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
@@ -176,7 +225,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan that `save` wrote; PlanError if the file is missing or is not a plan."""
+        """Read the plan that `save` wrote to `path`; PlanError if the file is missing or is not a plan."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

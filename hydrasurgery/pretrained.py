@@ -59,7 +59,7 @@ class HydraSurgeon(HfQuantizer):
                 raise UnsupportedModelError(
                     f"{name}: {away[0]} is offloaded, and a region's graph reads it in place; load the hybrid on one device"
                 )
-            # transformers marks what it has read from the files; the rest it would leave as it lies in memory.
+            # transformers marks what it has read from the files; the rest it would leave as it is in memory.
             missing = [key for key, value in added.items() if not getattr(value, "_is_hf_initialized", False)]
             if missing:
                 raise CheckpointError(

@@ -233,7 +233,7 @@ def machine_of(device: torch.device | str) -> Machine:
 def kernel(op: str, case: Case, device: torch.device) -> ModuleType:
     """The module whose `forward` or `backward` runs `case` on `device`.
 
-    A CUDA call that falls back to the reference is said once, with the reasons and the extra to install.
+    A CUDA call that falls back to the reference is reported once, with the reasons and the extra to install.
     """
     return _kernel(op, case, _machine(device.type, device.index))
 

@@ -11,7 +11,14 @@ from hydrasurgery.ir.region import Region
 
 
 class PassResult(NamedTuple):
-    """What a pass returns: the region, and whether it differs from the one that went in."""
+    """What a pass returns.
+
+    Attributes:
+        region: the region, rewritten in place.
+        modified: whether it differs from the one that went in.
+
+    Example: see `Pass`.
+    """
 
     region: Region
     modified: bool
@@ -27,19 +34,28 @@ class Pass:
     Attributes:
         name: as in a pipeline string.
         exact: whether the region gives the same numbers afterwards, up to rounding.
-        keeps_shapes: whether each of the region's parameters has the shape afterwards that it had before.
+        keeps_shapes: whether each of the region's parameters keeps its shape.
 
     Raises:
         PipelineError: an option has a value that its type does not allow.
 
     Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.dialect.names import ATTENTION
         >>> @dataclass(frozen=True)
-        ... class DropWindow(Pass):
-        ...     name = "drop-window"
+        ... class Soften(Pass):
+        ...     name = "soften"
+        ...     exact = False
+        ...     scale: float = 0.125
         ...     def run(self, region):
-        ...         for node in region.find(ATTENTION):
-        ...             node.update_kwarg("window", None)
-        ...         return PassResult(region, region.window is not None)
+        ...         nodes = region.find(ATTENTION)
+        ...         for node in nodes:
+        ...             node.update_kwarg("scale", self.scale)
+        ...         return PassResult(region, bool(nodes))
+        >>> region = hs.run_pipeline(hs.capture(load_teacher()[0]), [Soften(0.2)])[0]
+        >>> region.find(ATTENTION)[0].kwargs["scale"]
+        0.2
     """
 
     name: ClassVar[str]
@@ -53,22 +69,22 @@ class Pass:
                 raise PipelineError(f"{self.name}: option {option}={value!r} is not {describe(kind)}")
 
     def requires(self, region: Region) -> None:
-        """Raise PreconditionError if the region is not in the form that this pass needs; `need` does."""
+        """Raise PreconditionError (by `need`) if `region` is not in the form that this pass needs."""
 
     def run(self, region: Region) -> PassResult:
         """Rewrite `region` in place and say whether it changed."""
         raise NotImplementedError
 
     def ensures(self, region: Region) -> None:
-        """Raise PostconditionError if the region is not in the form that this pass promises; `promise` does."""
+        """Raise PostconditionError (by `promise`) if `region` is not in the form that this pass promises."""
 
     def need(self, region: Region, condition: bool, message: str) -> None:
-        """Raise PreconditionError with the pass's and the region's name unless `condition` holds."""
+        """Unless `condition` holds, raise PreconditionError with `message` after the names of pass and `region`."""
         if not condition:
             raise PreconditionError(f"{self.name}: {region.name}: {message}")
 
     def promise(self, region: Region, condition: bool, message: str) -> None:
-        """Raise PostconditionError with the pass's and the region's name unless `condition` holds."""
+        """Unless `condition` holds, raise PostconditionError with `message` after the names of pass and `region`."""
         if not condition:
             raise PostconditionError(f"{self.name}: {region.name}: {message}")
 
@@ -82,7 +98,26 @@ REGISTRY: dict[str, type[Pass]] = {}
 
 
 def register(cls: type[Pass]) -> type[Pass]:
-    """Class decorator: make a pass known to `parse` by its name."""
+    """Class decorator: make a pass known to `parse` by its name.
+
+    Args:
+        cls: a subclass of `Pass`.
+
+    Returns:
+        The class itself.
+
+    Example:
+        >>> from hydrasurgery.passes import parse
+        >>> @register
+        ... @dataclass(frozen=True)
+        ... class Nothing(Pass):
+        ...     name = "nothing"
+        ...     def run(self, region):
+        ...         return PassResult(region, False)
+        >>> parse("nothing")
+        (Nothing(),)
+        >>> del REGISTRY["nothing"]  # and forget it again
+    """
     REGISTRY[cls.name] = cls
     return cls
 

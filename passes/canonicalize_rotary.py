@@ -1,4 +1,4 @@
-"""canonicalize-rotary: the rotary embedding of q and of k becomes one node each, so that they are in reach before it."""
+"""canonicalize-rotary: the rotary embedding of q and of k becomes one node each, so that passes can reach q and k before it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def rotations(x: fx.Node) -> list[fx.Node]:
 
 
 def _after_hidden(region: Region) -> set[fx.Node]:
-    """What is computed from the values of the hidden states, and not from their sizes alone."""
+    """What is computed from the values of the hidden states, and not only from their sizes."""
     found = {region.source}
     for node in region.graph.nodes:
         if node.target is not aten.sym_size.int and any(n in found for n in node.all_input_nodes):
@@ -115,7 +115,7 @@ def _match(node: fx.Node, hidden: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.No
 
 
 def _product(node: fx.Node, hidden: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """(factor from the hidden states, factor from positions alone) of a product."""
+    """(factor from the hidden states, factor from positions only) of a product."""
     factors = [n for n in node.args if isinstance(n, fx.Node)]
     if node.target is not aten.mul.Tensor or len(factors) != 2:
         return None
@@ -167,7 +167,7 @@ def _same_values(x: fx.Node) -> set[fx.Node]:
 
 
 def _whole(node: fx.Node, x: fx.Node, width: int) -> tuple[fx.Node, fx.Node]:
-    """Where x is the first `width` channels of a tensor and the others are put back behind it: (that node, that tensor)."""
+    """Where x is the first `width` channels of a tensor and the others are put back after them: (that node, that tensor)."""
     user = next(iter(node.users), None)
     first = x.target is aten.slice.Tensor and x.args[1:] in ((3, 0, width), (-1, 0, width))
     if not (first or x.target is aten.alias.default) or user is None or len(node.users) != 1:

@@ -23,8 +23,8 @@ class FuseDecode(Pass):
 
     That is: gates, convolution, L2 norm, recurrence, RMS norm, gamma and output gate.
 
-    The region's own graph stays as it is: prefill, training and tracing run it. Only rule gated_delta with full heads
-    passed through and no native convolution has the operator; other regions keep one graph.
+    The region's own graph stays as it is: prefill, training and tracing run it. The operator is for rule gated_delta, full heads
+    that pass unchanged and no native convolution; other regions keep one graph.
     """
 
     name: ClassVar[str] = "fuse-decode"

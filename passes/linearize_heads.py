@@ -25,8 +25,8 @@ class LinearizeHeads(Pass):
     """q, k and v of the old attention (rotated, normalised) feed the recurrence; q and k are L2-normalised.
 
     Options: `rule` (linear, gated, delta, gated_delta), `conv` (taps of the short convolution; 0: none), `conv_kind`
-    ("residual": x + conv(x) of the rotated q and k; "native": SiLU(conv(x)) as in Gated DeltaNet, before they are rotated, for
-    SiLU of a rotated pair would no longer depend on distances alone).
+    ("residual": x + conv(x) of the rotated q and k; "native": SiLU(conv(x)) as in Gated DeltaNet, before they are rotated:
+    after SiLU of a rotated pair, scores would no longer depend only on distances).
     """
 
     name: ClassVar[str] = "linearize-heads"

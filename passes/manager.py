@@ -28,12 +28,12 @@ def run_pipeline(
     """Run passes over regions, verified before and after each: all of it, or nothing.
 
     The passes work on drafts. When every region is done, the regions become what the drafts are, in place: a hybrid that they
-    are part of runs the new graphs. Where anything fails, regions and model are what they were. A one-token graph that was made
-    of an older graph is made anew, by the pass that made it.
+    are part of runs the new graphs. If anything fails, regions and model are what they were. A one-token graph whose region's
+    graph has changed is made anew, by the pass that made it.
 
     Args:
         regions: what `capture(model)` or `regions(hybrid)` gives.
-        passes: passes, a pipeline string, or a preset's name ("analyze", "hybrid").
+        passes: passes, a pipeline string, or a preset's name ("analyze", "hybrid"); see `hydrasurgery.passes.parse`.
         dump: a folder that gets each region's text before the first and after every pass.
         tolerance: the largest difference that an exact pass may make to the region's outputs on random inputs, relative
             to the largest output; None does not run them.

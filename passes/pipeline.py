@@ -14,7 +14,13 @@ PRESETS = {
 
 
 def parse(pipeline: str) -> tuple[Pass, ...]:
-    """Passes of a pipeline string, or of a preset's name.
+    """The passes of a pipeline string.
+
+    Args:
+        pipeline: `name{option=value,...},name,...`, or a preset's name ("analyze", "hybrid").
+
+    Returns:
+        The passes, in order; options that are left out have their defaults.
 
     Raises:
         PipelineError: naming the unknown pass or option, or the option's value and what it may be.

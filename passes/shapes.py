@@ -26,9 +26,13 @@ class ShapeInference:
     """Fake runs of regions. Equal nodes are run once, however many layers have them and however often they come back.
 
     Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.dialect.names import ATTENTION
+        >>> from hydrasurgery.ir.capture import capture
+        >>> region = capture(load_teacher()[0])[0]
         >>> ShapeInference().infer(region)
         >>> region.find(ATTENTION)[0].meta["shape"]
-        ('B', 'T', 16, 8)
+        ('B', 'T', 16, 16)
     """
 
     def __init__(self) -> None:

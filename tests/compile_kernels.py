@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs, without one: `env -u TRITON_INTERPRET python -m tests.compile_kernels`.
 
 Triton's interpreter, which the other tests use, sees no types: a variable that is bf16 in one branch and fp32 in the other is an
-error to the compiler alone. Here the modules' own `forward` and `backward` are called on meta tensors. Triton asks a hook before it
+error only to the compiler. Here the modules' own `forward` and `backward` are called on meta tensors. Triton asks a hook before it
 compiles what they launch; the hook notes each request and lets nothing run. Then what was noted is compiled, each request once.
 """
 
@@ -34,7 +34,7 @@ from hydrasurgery.kernels.linear_attention import triton_walks
 from hydrasurgery.kernels.registry import BACKWARD, Case, Machine, choose
 from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
 
-LAST = "llir"  # the compiler's stage that finds the shared memory; those behind it are left out
+LAST = "llir"  # the compiler's stage that finds the shared memory; those after it are left out
 # By compute capability, the bytes of shared memory that a program may have. No card that is offered the kernels has less than 8.6.
 SHARED = {90: 227 << 10, 86: 99 << 10}
 DTYPES = torch.bfloat16, torch.float32

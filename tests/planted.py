@@ -1,6 +1,6 @@
 """A decoder whose weights are built so that two chosen heads retrieve and no other does: truth to measure scorers by.
 
-Prompts are facts of a key and a value, in an order that depends on `carry`, then a token that asks a key. In the first
+Prompts are facts of a key and a value, in an order that depends on `carry`, then a token that asks for a key. In the first
 layer one head looks at the previous token and carries its key (or value) to the fact's second token; a later head, or
 two of one KV group, finds the asked key there by its random code, which takes a sharp softmax, and writes the value.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hydrasurgery.evaluation.tasks import Pair
 
 KEYS, VALUES, FACTS, CODE, WIDTH = 16, 8, 6, 6, 16  # WIDTH of a head
-LENGTH = 2 * FACTS + 2  # a filler in front, the question behind
+LENGTH = 2 * FACTS + 2  # a filler before, the question after
 HEADS, SHARED, LAYERS = 4, 2, 3
 SLOTS = {"place": LENGTH, "key": CODE, "ask": CODE, "value": VALUES, "held": VALUES, "out": VALUES}
 START = {name: sum(list(SLOTS.values())[:i]) for i, name in enumerate(SLOTS)}

@@ -1,4 +1,4 @@
-"""One token after others: the decode graph runs, only in inference, and says what the region's own graph says."""
+"""One token that follows others: the decode graph runs, only in inference, and gives what the region's own graph gives."""
 
 from __future__ import annotations
 

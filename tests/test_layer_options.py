@@ -112,7 +112,7 @@ class Shuffled(nn.Module):
 
 def test_only_a_rotation_is_one() -> None:
     regions = run_pipeline(hs.capture(PlainDecoder(Shuffled)), "analyze", tolerance=0.0)
-    assert [region.options["rotary"] for region in regions] == [1, 1]  # k's alone
+    assert [region.options["rotary"] for region in regions] == [1, 1]  # only k's
 
 
 def test_every_turn_is_a_quarter_of_a_full_one() -> None:

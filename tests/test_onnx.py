@@ -55,7 +55,7 @@ def torch_decode(
 
 
 def loaded(path: Path) -> hs.OnnxDecoder:
-    """What is written can be checked where it cannot be run: a test that comes here is skipped there."""
+    """Where a file can be written and checked but not run, a test that comes here is skipped."""
     pytest.importorskip("onnxruntime")
     return hs.OnnxDecoder(path, threads=1)
 

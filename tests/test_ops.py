@@ -353,7 +353,7 @@ def projections(heads: tuple[int, int], lengths: tuple[int, int], dims: tuple[in
 def test_attention_has_the_bits_of_sdpa(dtype, kind):
     for heads, lengths, dims in SHAPES:
         if kind == "none" and lengths[1] > lengths[0] > 1:
-            continue  # There the interface assumes an empty cache behind the queries, the operator a full one before them.
+            continue  # There the interface assumes an empty cache after the queries, the operator a full one before them.
         owner, q, k, v = projections(heads, lengths, dims, dtype)
         mask = None if kind == "none" else causal_mask(*lengths)
         if kind == "per head":

@@ -131,7 +131,7 @@ def test_a_plain_module_is_ordered_too():
 @given(kinds=st.lists(st.sampled_from(["full", "linear"]), min_size=8, max_size=8))
 @settings(max_examples=10, deadline=None, derandomize=True)
 def test_any_kinds_give_the_softmax_layer_back_before_linearising(kinds):
-    """Ordering and folding alone, on softmax attention: KV groups stay whole, and the numbers stay."""
+    """Only ordering and folding, on softmax attention: KV groups stay whole, and the numbers stay."""
     model = tiny("qwen3", **EIGHT, head_dim=8)
     wanted = model(IDS).logits
     ordered = hs.rewrite(model, half_plan(model, tuple(kinds)), pipeline=f"{HEAD},order-heads,prune-projections")

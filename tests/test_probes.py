@@ -1,4 +1,4 @@
-"""Probes: pairs that differ in one place, are made of what they claim, and depend on their seed alone."""
+"""Probes: pairs that differ in one place, are made of what they claim, and depend only on their seed."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_senders_reach_the_answer_through_chosen_heads_alone():
         expected = slow_scores(model, [current], patched)[0, 0]
         torch.testing.assert_close(got[number, 0], expected, atol=1e-4, rtol=1e-4)
     assert got[:, 0].abs().max() > 0.01
-    assert not got[:, 1].any()  # nothing is behind the last chosen head
+    assert not got[:, 1].any()  # nothing comes after the last chosen head
 
 
 def test_attribution_is_exact_where_the_readout_is_linear_and_verified_at_the_top():
@@ -381,7 +381,7 @@ FAMILIES = ["llama", "gpt2", "gemma2", "gemma3_text", "mistral", "gpt_neox", "op
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_in_front_of_a_change_is_run_once(family):
-    """Rows that join at the changed layer, behind recorded keys, and leave as the answer's tokens give what whole ones give."""
+    """Rows that join at the changed layer, after recorded keys, and leave as the answer's tokens give what whole prompts give."""
     model = tiny(family)
     pair = answered_pairs(model, 1, vocabulary=90)[0]
     with open_meter(model, [pair], batch_size=3) as meter:

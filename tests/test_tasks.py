@@ -15,15 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hydrasurgery.demo.corpus import SPECIAL_TOKENS, TEXT_PIECES, build_tokenizer, training_batch
 from hydrasurgery.errors import DataError, TokenizerError
-from hydrasurgery.evaluation.tasks import (
-    KEY_TOKENS,
-    VALUE_TOKENS,
-    TaskBatch,
-    dense_recall,
-    needle_pairs,
-    needles,
-    plain_text,
-)
+from hydrasurgery.evaluation.facts import KEY_TOKENS, VALUE_TOKENS
+from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, needle_pairs, needles, plain_text
 from hydrasurgery.evaluation.text import encode_text, library_text, load_text
 
 
@@ -46,7 +39,7 @@ def _byte_level() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def _metaspace() -> PreTrainedTokenizerFast:
-    """Like Llama 2: a bos token, a mark in front of every word, one token a digit."""
+    """Like Llama 2: a bos token, a mark before every word, one token a digit."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Digits(True)])
     trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=["<unk>", "<s>"], show_progress=False)

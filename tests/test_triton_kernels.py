@@ -254,7 +254,7 @@ def test_more_parts_of_the_keys_than_are_joined_at_once(monkeypatch, first, sink
     monkeypatch.setattr(kernel("attention"), "_wave", lambda device: 1000)
     keys = 64 * 130
     q, k, v = normal(1, 2, 1, 16), normal(1, 1, keys, 16), normal(1, 1, keys, 16)
-    mask = torch.arange(keys, device=DEVICE).expand(1, 1, 1, keys) >= first  # or the last two parts' keys alone
+    mask = torch.arange(keys, device=DEVICE).expand(1, 1, 1, keys) >= first  # or only the last two parts' keys
     given = q, k, v, mask, normal(2) if sinks else None
     options = {"scale": None, "causal": True, "window": None, "softcap": None}
     found = kernel("attention").forward(*given, **options)

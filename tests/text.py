@@ -20,7 +20,7 @@ region attn: 4 heads (2 linear), 2 KV heads of 8
   %flat: [B, T, 32] = aten::flatten.using_ints(%attention, 2)
   return %flat
 """
-# The same heads behind projections, with a rotary embedding of halves on q and k.
+# The same heads after projections, with a rotary embedding of halves on q and k.
 ROTARY = """
 region attn: 4 heads (2 linear), 2 KV heads of 8
   kinds FllF

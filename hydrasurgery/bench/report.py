@@ -34,7 +34,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kernels_table(machine: Machine, head_dim: int = 128) -> Table:
-    """Operator by mode by dtype: the implementation that runs on `machine`, and for each other one why not."""
+    """Operator by mode by dtype: the implementation that runs on `machine`, and why each other one does not."""
     table = Table(title=f"{machine.device}, head dim {head_dim}", show_lines=True)
     for heading in ("operator", "mode", "dtype", "runs", "does not run"):
         table.add_column(heading, overflow="fold")
@@ -49,7 +49,7 @@ def kernels_table(machine: Machine, head_dim: int = 128) -> Table:
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
-    """Milliseconds, how many times those of each suite's first contender they are, and the fraction of the floor reached."""
+    """Milliseconds, their ratio to those of each suite's first contender, and the fraction of the floor reached."""
     machine = next(row for row in rows if row["suite"] == "machine")
     title = (
         f"{machine['device']}: copies {machine['copy_TBs']:.3g} TB/s, multiplies {machine['matmul_TFLOPs']:.3g} TFLOP/s"
@@ -72,7 +72,7 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 
 def plot(rows: Iterable[Row], path: Path) -> None:
-    """Milliseconds over size, a panel a suite, the floor dashed. Needs matplotlib (`pip install 'hydrasurgery[plot]'`)."""
+    """Milliseconds over size, one panel a suite, the floor dashed. Needs matplotlib (`pip install 'hydrasurgery[plot]'`)."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-BUDGET_MS = 300.0  # of measuring, a number; a call that takes longer than that is still made MINIMUM times
+BUDGET_MS = 300.0  # of measuring for each number; a call that takes longer is still made MINIMUM times
 MINIMUM, MAXIMUM = 3, 100
 REPLAYED = 20  # calls in one graph, at most
 

@@ -15,7 +15,7 @@ def kernels(
     device: Device = "auto",
     head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
 ) -> None:
-    """Show which kernel runs each operator on this machine, and for each other one why it does not.
+    """Show which kernel runs each operator on this machine, and why each other one does not.
 
     Example: hydrasurgery kernels --head-dim 64
     """
@@ -63,7 +63,7 @@ def bench(
     rows = []
 
     def keep(row: dict[str, Any]) -> None:
-        """Measuring takes long: what is there is on disk."""
+        """Measuring takes long, so each row goes to disk at once."""
         rows.append(row)
         if out is not None:
             atomic_write_json(out, rows)

@@ -65,7 +65,9 @@ def rewrite(
     plan: Annotated[Path, typer.Option(help="A plan file.")],
     out: Annotated[Path, typer.Option(help="The folder of the hybrid.")],
     layer: Annotated[str | None, typer.Option(help=f"{LAYER} By default what the plan says.")] = None,
-    calibrate_text: Annotated[Path | None, typer.Option(help="Text to fit the linear heads to the teacher on.")] = None,
+    calibrate_text: Annotated[
+        Path | None, typer.Option(help="Text on which linear heads are fitted to the teacher's.")
+    ] = None,
 ) -> None:
     """Turn the heads that a plan calls linear into linear attention, and save the untrained hybrid.
 
@@ -275,7 +277,7 @@ def _named(path: Path | None) -> Iterator[None]:
 
 
 def _check_data(path: Path) -> None:
-    """Say before any model is loaded that there is nothing to train on."""
+    """Refuse, before any model is loaded, a file with nothing to train on."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a UTF-8 text file, or a .npy file of tokens")
     if not path.stat().st_size:
@@ -283,7 +285,7 @@ def _check_data(path: Path) -> None:
 
 
 def _check_target(out: Path, *inputs: str) -> None:
-    """A saved model takes its folder's place, so that folder must be new, empty or an earlier model, and no input."""
+    """The saved model replaces this folder, which must therefore be new, empty or an earlier model, and none of the inputs."""
     for name in inputs:
         if out.resolve() == Path(name).resolve():
             raise CheckpointError(f"{out}: is also the model that is read; give another --out")

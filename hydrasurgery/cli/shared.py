@@ -35,7 +35,8 @@ def on_device(model: Any, name: str) -> Any:
         typer.BadParameter: the machine has no such device, or torch was built without it.
 
     Example:
-        >>> decoder = on_device(load_model(path), "cuda:1")
+        >>> on_device(torch.nn.Linear(2, 2), "cpu").weight.device
+        device(type='cpu')
     """
     try:
         return model.to(device_of(name))
@@ -44,7 +45,7 @@ def on_device(model: Any, name: str) -> Any:
 
 
 def wide_console() -> Console:
-    """A console that is wide enough for the tables where the output is no terminal."""
+    """A console that is wide enough for the tables even where the output is no terminal."""
     from rich.console import Console
 
     return Console(width=None if Console().is_terminal else 140)

@@ -8,14 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hydrasurgery.evaluation.tasks import (
-    KEY_TOKENS,
-    VALUE_TOKENS,
-    TaskBatch,
-    dense_recall,
-    needles,
-    plain_text,
-)
+from hydrasurgery.evaluation.facts import KEY_TOKENS, VALUE_TOKENS
+from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, needles, plain_text
 from hydrasurgery.evaluation.text import library_text
 
 TEXT_PIECES = 512
@@ -82,7 +76,7 @@ def _part(
         return needles(tokenizer, length, count, seed, num_keys=keys, questions=min(4, keys), text_ids=text_ids)
     if kind == "dense":
         facts = (length - 1) // 3
-        densest = 0.75 if length >= 128 else 0.5  # short sequences stay easy: there, look-up is still to be found
+        densest = 0.75 if length >= 128 else 0.5  # short sequences stay easy: look-up is learned on them
         pairs = min(len(KEY_TOKENS), round(facts * np.random.default_rng(seed).uniform(0.4, densest)))
         return dense_recall(tokenizer, length, count, seed, num_pairs=pairs, questions=facts - pairs, text_ids=text_ids)
     return plain_text(tokenizer, length, count, seed, text_ids=text_ids)

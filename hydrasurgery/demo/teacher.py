@@ -111,7 +111,7 @@ def build_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen3Fo
 
     Embeddings start at unit size and every block at zero, so that a token's identity, which look-up needs, is not
     drowned by random layers; the final norm starts small, so that the tied head says nothing yet. All embeddings share
-    a direction (which no softmax sees): without it a head has nothing constant to attend by position with.
+    a direction (which no softmax sees): without it a head has nothing constant by which to attend to a position.
     """
     torch.manual_seed(recipe.seed)
     config = Qwen3Config(

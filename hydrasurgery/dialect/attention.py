@@ -33,7 +33,7 @@ def attention(
             `causal` and `window` have no effect. No gradient flows into it.
         sinks: [H], one more logit a head in the softmax's denominator.
         scale: of the scores; D ** -0.5 if None.
-        causal: without a mask, query i sees the keys up to its own, the last query standing on the last key (S >= T).
+        causal: without a mask, query i sees the keys up to its own, the last query at the last key (S >= T).
         window: without a mask, the number of keys seen, counted back from the query's own and including it.
         softcap: cap of the scores, applied before the mask.
 

@@ -18,7 +18,7 @@ def causal_conv(
         x: [B, T, C].
         weight: [C, W]; the last column multiplies the current token.
         state: [B, C, W-1], the inputs before x, oldest first; zero if None.
-        reset: [B, T] bool, True where a document starts. No tap reaches across a start, into `state` neither.
+        reset: [B, T] bool, True where a document starts. No tap reaches across a start, not even into `state`.
 
     Returns:
         y [B, T, C] and the state after x [B, C, W-1], both in x's dtype. The state holds 0 for inputs of a document that has ended.

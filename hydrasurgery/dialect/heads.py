@@ -12,6 +12,11 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
     Built of slices and not by an index tensor, so that a graph holds no constant and exports as it is. All heads in order are x
     itself, and consecutive heads a view of it.
 
+    Args:
+        x: any tensor.
+        heads: numbers along `dim`, at least one.
+        dim: the dimension of the heads.
+
     Raises:
         ValueError: no head is named, or one that x does not have.
 

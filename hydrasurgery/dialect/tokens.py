@@ -48,7 +48,7 @@ def token_flags(
 
 
 def token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Each token's place in its document, padding not counted: `p_t = n_t - 1`, n_t its tokens up to and with t.
+    """Each token's place in its document, padding not counted: `p_t = n_t - 1`, n_t its tokens up to and including t.
 
     Not the model's position ids: those of a batch that is padded on the left may count the padding.
 
@@ -85,7 +85,7 @@ def _token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) -
         count = count + seen[:, None]
     if count.shape[1] == 0:
         return count, count.new_zeros(count.shape[0]) if seen is None else seen.clone()
-    # What was counted before a document's first token is taken off again, until another one begins.
+    # What was counted before a document's first token is subtracted again, until another document begins.
     before = torch.where(reset, count - 1, 0).cummax(1).values
     inside = count - before
     return (inside - 1).clamp_(min=0), inside[:, -1].clone()

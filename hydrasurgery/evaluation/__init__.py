@@ -1,15 +1,13 @@
 """Tasks with known answers and what a model scores on them; used by scoring, transfer and the command line."""
 
 from hydrasurgery.decoders import evaluating
+from hydrasurgery.evaluation.facts import KEY_TOKENS, VALUE_TOKENS, has_symbols
 from hydrasurgery.evaluation.metrics import evaluate, kl_to_teacher, perplexity, recall
 from hydrasurgery.evaluation.probes import PROBES, fact_pairs, make_pairs, sum_pairs, variable_pairs
 from hydrasurgery.evaluation.tasks import (
-    KEY_TOKENS,
-    VALUE_TOKENS,
     Pair,
     TaskBatch,
     dense_recall,
-    has_symbols,
     needle_pairs,
     needles,
     plain_text,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hydrasurgery.decoders import check_length, evaluating, logits_at, takes, vocabulary_size
 from hydrasurgery.errors import DataError
-from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, has_symbols, needles, plain_text
+from hydrasurgery.evaluation.facts import has_symbols
+from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, needles, plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,14 +28,23 @@ def recall(model: nn.Module, batch: TaskBatch, *, memory_bytes: int = MEMORY_BYT
     """Share of questions whose whole answer is right: every token's argmax, given the true tokens before it.
 
     Args:
-        model: a causal language model; left in the modes (train or eval) it came in.
+        model: a causal language model; afterwards in the modes (train or eval) that it had.
         batch: from `needles` or `dense_recall`.
         memory_bytes: bound on one forward's fp32 logits (held for a model that takes `logits_to_keep`, as
             transformers' do; for others at least one sequence's logits are made).
 
+    Returns:
+        From 0 to 1.
+
     Raises:
         DataError: the batch asks nothing.
         SequenceLengthError: the batch is longer than the model's position limit.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, tokenizer = load_teacher()
+        >>> recall(model, needles(tokenizer, length=64, count=4, seed=0))
+        1.0
     """
     if not batch.answer_positions.numel():
         raise DataError(f"recall: a {batch.task!r} batch asks no question; make one with `needles` or `dense_recall`")
@@ -49,13 +59,23 @@ def perplexity(model: nn.Module, token_ids: Tensor, *, window: int = 512, memory
     """exp of the mean negative log-likelihood, every token but each sequence's first.
 
     Args:
+        model: as in `recall`.
         token_ids: [B, T], or [N], which is cut into windows of `window` tokens (a shorter rest is left out, unless
             it is all there is).
+        window: tokens that are read at once, where `token_ids` is [N].
         memory_bytes: as in `recall`.
 
     Raises:
         DataError: fewer than two tokens.
         SequenceLengthError: a sequence is longer than the model's position limit.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.evaluation import encode_text, library_text
+        >>> model, tokenizer = load_teacher()
+        >>> text = encode_text(tokenizer, library_text("held-out"))[:512]
+        >>> 1 < perplexity(model, text, window=128) < len(tokenizer)
+        True
     """
     ids = _windows(token_ids, window)
     total = 0.0
@@ -71,11 +91,18 @@ def kl_to_teacher(
     """KL(teacher || student) of the next token's distribution, in nats, the mean over all B * T positions.
 
     Args:
+        student, teacher: causal language models with one vocabulary; left as they are.
         input_ids: [B, T], no padding.
         memory_bytes: as in `recall`, for each of the two models.
 
     Raises:
         SequenceLengthError: T is more than either model's position limit.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, tokenizer = load_teacher()
+        >>> kl_to_teacher(model, model, needles(tokenizer, length=64, count=2, seed=0).input_ids)
+        0.0
     """
     total = 0.0
     for _, _, (wanted, got) in _logits([teacher, student], input_ids, torch.arange(input_ids.shape[1]), memory_bytes):
@@ -99,10 +126,16 @@ def evaluate(
     """Measure a model at several lengths, with a progress bar on standard error.
 
     Args:
+        model: a causal language model; left as it is.
+        tokenizer: writes the tasks.
+        lengths: tokens a sequence.
         count: sequences a task and length.
+        seed: of the tasks; equal seeds give equal sequences.
         num_keys: facts in a needle sequence.
         text_ids: [N] text to hide needles in and to take perplexity of; by default as in `needles`.
         teacher: if given, the divergence from it is measured too, over the sequences of all tasks.
+        memory_bytes: as in `recall`.
+        progress: show a bar.
 
     Returns:
         {"needles": {"256": 1.0, ...}, "dense": {...}, "perplexity": {...}, "kl": {...}, "chance": {"needles": ...}};
@@ -110,6 +143,12 @@ def evaluate(
 
     Raises:
         SequenceLengthError: a length is more than the model's position limit (before anything is measured).
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> results = evaluate(*load_teacher(), lengths=(64,), count=4, progress=False)
+        >>> results["needles"]
+        {'64': 1.0}
     """
     for length in lengths:
         check_length([m for m in (model, teacher) if m is not None], length)

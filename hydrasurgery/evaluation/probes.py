@@ -1,7 +1,7 @@
 """Probes for causal scoring: counterfactual pairs of one length, by name, for any tokenizer.
 
-Retrieval: needles with one and with several keys, and variable tracking, in which the question has to be followed to a
-value through other names. Controls, which no retrieval head should matter for: facts that the weights hold (parametric
+Retrieval: needles with one and with several keys, and variable tracking, where the way from the question to the value leads
+through other names. Controls, which no retrieval head should matter for: facts that the weights hold (parametric
 recall), and sums. Ids are spliced and never encoded anew, so that clean and corrupt prompts align token by token.
 """
 
@@ -44,10 +44,28 @@ def variable_pairs(
     chains: int = 2,
     text_ids: Tensor | None = None,
 ) -> list[Pair]:
-    """Variable tracking: a value is given to a name, the name to another, `hops` times; the last name is asked.
+    """Variable tracking: a name is given a value, another name the first one's, and so on; the last name is asked.
 
-    `chains` such chains are hidden in the text, of which one is asked; the corrupt prompt has another value at that
-    chain's start. Other arguments and errors as `needle_pairs`.
+    Several such chains are hidden in the text, of which one is asked; the corrupt prompt has another value at that
+    chain's start.
+
+    Args:
+        tokenizer: as in `needles`.
+        length: T, tokens a prompt.
+        count: pairs.
+        seed: as in `needles`.
+        hops: names that stand for another name, in each chain.
+        chains: how many there are.
+        text_ids: as in `needles`.
+
+    Raises:
+        TokenizerError, DataError: as `needles`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> pair = variable_pairs(load_teacher()[1], length=48, count=1, seed=0)[0]
+        >>> pair.task, len(pair.clean_ids), pair.stated
+        ('variables-1@48', 48, True)
     """
     rng = np.random.default_rng(seed)
     text = Text(tokenizer, text_ids)
@@ -61,11 +79,24 @@ def variable_pairs(
 def fact_pairs(
     tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: Seed, *, text_ids: Tensor | None = None
 ) -> list[Pair]:
-    """Parametric recall: "The capital of Italy is", with other countries as examples; the corrupt prompt asks of another.
+    """Parametric recall: "The capital of Italy is", with other countries as examples; the corrupt prompt asks for another's.
+
+    Args:
+        tokenizer: as in `needles`.
+        length: T, tokens a prompt.
+        count: pairs.
+        seed: as in `needles`.
+        text_ids: as in `needles`.
 
     Raises:
         TokenizerError: no two countries and their capitals have the same counts of tokens.
         DataError: the examples do not fit into `length`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> pair = fact_pairs(load_teacher()[1], length=256, count=1, seed=0)[0]
+        >>> pair.task, pair.stated
+        ('facts@256', False)
     """
     lines = [("\nThe capital of", f" {country}", " is", f" {capital}") for country, capital in _CAPITALS]
     return _question_pairs(tokenizer, lines, length, count, seed, "facts", text_ids)
@@ -74,7 +105,25 @@ def fact_pairs(
 def sum_pairs(
     tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: Seed, *, text_ids: Tensor | None = None
 ) -> list[Pair]:
-    """Arithmetic: "2 + 3 =" with solved sums as examples; the corrupt prompt has another summand. Errors as `fact_pairs`."""
+    """Arithmetic: "2 + 3 =", with solved sums as examples; the corrupt prompt has another summand.
+
+    Args:
+        tokenizer: as in `needles`.
+        length: T, tokens a prompt.
+        count: pairs.
+        seed: as in `needles`.
+        text_ids: as in `needles`.
+
+    Raises:
+        TokenizerError, DataError: as `fact_pairs`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> tokenizer = load_teacher()[1]
+        >>> pair = sum_pairs(tokenizer, length=96, count=1, seed=0)[0]
+        >>> tokenizer.decode(pair.clean_ids).splitlines()[-1]
+        '1 + 5 = '
+    """
     lines = [(f"\n{a} +", f" {b}", " =", f" {a + b}") for a in range(1, 9) for b in range(1, 10 - a)]
     return _question_pairs(tokenizer, lines, length, count, seed, "sums", text_ids)
 
@@ -91,7 +140,24 @@ PROBES: dict[str, Callable[..., list[Pair]]] = {
 def make_pairs(
     tokenizer: PreTrainedTokenizerBase, probes: Sequence[str], lengths: Sequence[int], count: int, seed: int
 ) -> list[Pair]:
-    """`count` pairs shared between every probe at every length; the same arguments give the same pairs."""
+    """Pairs of several probes and lengths, an equal share of each; the same arguments give the same pairs.
+
+    Args:
+        tokenizer: as in `needles`.
+        probes: names in `PROBES`.
+        lengths: tokens a prompt.
+        count: pairs in all.
+        seed: as in `needles`.
+
+    Raises:
+        TokenizerError, DataError: as the probes.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> pairs = make_pairs(load_teacher()[1], ["needle-1", "needle-4"], [48, 64], count=6, seed=0)
+        >>> [pair.task for pair in pairs]
+        ['needle-1@48', 'needle-1@48', 'needle-4@48', 'needle-4@48', 'needle-1@64', 'needle-4@64']
+    """
     kinds = [(tokens, name) for tokens in lengths for name in probes]
     shares = [count // len(kinds) + (number < count % len(kinds)) for number in range(len(kinds))]
     return [

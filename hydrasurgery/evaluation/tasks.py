@@ -1,33 +1,34 @@
 """Retrieval tasks with known answers: needles in real text, dense key-value recall, counterfactual pairs of needles.
 
 Every generator takes its seed and nothing else that varies, so that the same call gives the same tensors; none of them
-runs a model. Two ways of writing a needle exist, chosen by the tokenizer: with the demo's own key and value tokens
-(`<key_017> <value_03> <value_41>`, a question is the key once more), or, for any other tokenizer, in words
-("The special magic number for river is 48213.").
+runs a model. `hydrasurgery.evaluation.facts` says how needles are written.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hydrasurgery.errors import DataError, TokenizerError
+from hydrasurgery.errors import DataError
+from hydrasurgery.evaluation.facts import (
+    KEY_TOKENS,
+    VALUE_LENGTH,
+    Fact,
+    SymbolWriter,
+    has_symbols,
+    tokenizer_name,
+    writer_for,
+)
 from hydrasurgery.evaluation.text import encode_text, library_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-KEY_TOKENS = tuple(f"<key_{i:03d}>" for i in range(128))
-VALUE_TOKENS = tuple(f"<value_{i:02d}>" for i in range(64))
-VALUE_LENGTH = 2  # value tokens in one value
-_ATTEMPTS = 200  # draws of a number before a tokenizer is given up
 
 Seed = int | Sequence[int]
 
@@ -44,6 +45,8 @@ class TaskBatch:
         answer_positions: [B, Q, A] int64: position p's logits predict `input_ids[p + 1]`, token A of question Q.
             Empty (Q = A = 0) for plain text.
         chance: the probability that a blind guess of a whole answer is right.
+
+    Example: see `needles`.
     """
 
     task: str
@@ -57,8 +60,8 @@ class TaskBatch:
 class Pair:
     """A prompt and its counterfactual, for causal scoring (paper section 2, eq. 9).
 
-    The two differ in the asked key's value where it is stated, and nowhere else: the teacher-forced start of the answer
-    at the end is the clean one in both, so that every effect starts at the stated value.
+    The two differ in the asked key's value where it is stated, and nowhere else: the answer's first tokens, which end the
+    prompt, are the clean ones in both, so that every effect starts at the stated value.
 
     Attributes:
         clean_ids, corrupt_ids: [T] int64.
@@ -67,6 +70,8 @@ class Pair:
         value_positions: [A] int64, where the asked value is stated: the only places at which the prompts differ. For
             a question about what is not stated (a fact, a sum), the places of the question's changed part, any number.
         task: the probe that the pair is of, with its length: "needle-4@256".
+
+    Example: see `needle_pairs`.
     """
 
     clean_ids: Tensor
@@ -83,123 +88,6 @@ class Pair:
         return torch.equal(self.clean_ids[self.value_positions], self.answer_ids)
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """One key with its value: stated as `before + value + after`, asked as `question + value`; its name, if in words."""
-
-    before: list[int]
-    value: list[int]
-    after: list[int]
-    question: list[int]
-    distractor: list[int]
-    name: str = ""
-
-
-class _Writer(Protocol):
-    """A way of writing facts; `facts(n, rng)` gives n of them with distinct keys and distinct values.
-
-    `alias(new, old)` states that the key of `new` has the value of `old`'s.
-    """
-
-    chance: float
-
-    def facts(self, count: int, rng: np.random.Generator) -> list[_Fact]: ...
-
-    def alias(self, new: _Fact, old: _Fact) -> _Fact: ...
-
-
-class _SymbolWriter:
-    """Facts in the demo's own tokens: key, then two value tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.keys = _token_ids(tokenizer, KEY_TOKENS)
-        self.values = _token_ids(tokenizer, VALUE_TOKENS)
-        self.chance = len(self.values) ** -VALUE_LENGTH
-
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct keys [count] and distinct values [count, 2], as token ids."""
-        if count > len(self.keys):
-            raise DataError(f"{count} keys asked for, but the tokenizer has {len(self.keys)}; ask for fewer keys")
-        keys = rng.permutation(len(self.keys))[:count]
-        codes = rng.choice(len(self.values) ** VALUE_LENGTH, size=count, replace=False)
-        return self.keys[keys], self.values[np.stack(np.divmod(codes, len(self.values)), axis=1)]
-
-    def facts(self, count: int, rng: np.random.Generator) -> list[_Fact]:
-        keys, values = self.draw(count, rng)
-        taken = {tuple(v) for v in values.tolist()}
-        facts = []
-        for key, value in zip(keys.tolist(), values.tolist(), strict=True):
-            distractor = value
-            while any(a == b for a, b in zip(value, distractor, strict=True)) or tuple(distractor) in taken:
-                distractor = rng.choice(self.values, size=VALUE_LENGTH).tolist()
-            facts.append(_Fact([key], value, [], [key], distractor))
-        return facts
-
-    def alias(self, new: _Fact, old: _Fact) -> _Fact:
-        return _Fact([*new.before, *old.before], [], [], [], [])
-
-
-class _SentenceWriter:
-    """Facts in words, for any tokenizer; all numbers have the token count that is commonest with this tokenizer."""
-
-    chance = 9.0**-5  # five digits, none of them 0
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        rng = np.random.default_rng(0)
-        tries = [self._try(word, *_two_numbers(rng)) for word in _WORDS[:32]]
-        lengths = Counter(len(fact.value) for fact in tries if fact is not None)
-        self.value_length = lengths.most_common(1)[0][0] if lengths else 0
-
-    def facts(self, count: int, rng: np.random.Generator) -> list[_Fact]:
-        if count > len(_WORDS):
-            raise DataError(f"{count} keys asked for, but there are {len(_WORDS)} words to name them; ask for fewer")
-        words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[:count]]
-        taken: set[tuple[int, ...]] = set()
-        facts = []
-        for word in words:
-            fact = self._fact(word, rng, taken)
-            taken.update((tuple(fact.value), tuple(fact.distractor)))
-            facts.append(fact)
-        return facts
-
-    def alias(self, new: _Fact, old: _Fact) -> _Fact:
-        names = (f"The special magic number for {fact.name}" for fact in (new, old))
-        return _Fact(self._encode(f" {' is '.join(names)}."), [], [], [], [])
-
-    def _fact(self, word: str, rng: np.random.Generator, taken: set[tuple[int, ...]]) -> _Fact:
-        for _ in range(_ATTEMPTS):
-            fact = self._try(word, *_two_numbers(rng))
-            if fact is None or len(fact.value) != self.value_length:
-                continue
-            if taken.isdisjoint((tuple(fact.value), tuple(fact.distractor))):
-                return fact
-        raise TokenizerError(
-            f"{_name(self.tokenizer)}: in {_ATTEMPTS} draws no two five-digit numbers had the same token count and a "
-            "different token at every place; this tokenizer cannot write the needle task: use needles of your own"
-        )
-
-    def _try(self, word: str, number: str, other: str) -> _Fact | None:
-        """The fact, or None where the tokenizer joins the number to its sentence or the two numbers do not match."""
-        sentence = f" The special magic number for {word} is"
-        before = self._encode(sentence)
-        wholes = [self._encode(f"{sentence} {n}") for n in (number, other)]
-        if any(whole[: len(before)] != before for whole in wholes):
-            return None
-        value, distractor = (whole[len(before) :] for whole in wholes)
-        if len(value) != len(distractor):
-            return None
-        while value and value[0] == distractor[0]:  # a separate token for the blank belongs to the sentence
-            before, value, distractor = [*before, value[0]], value[1:], distractor[1:]
-        if not value or any(a == b for a, b in zip(value, distractor, strict=True)):
-            return None
-        question = self._encode(f"\n\nWhat is the special magic number for {word}?")
-        return _Fact(before, value, self._encode("."), [*question, *before], distractor, word)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-
 def needles(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -213,6 +101,7 @@ def needles(
     """Facts hidden at random depths in real text; the questions at the end ask `questions` of them.
 
     Args:
+        tokenizer: writes facts with the demo's own tokens where it has them, else in words.
         length: T, tokens a sequence.
         count: B, sequences.
         seed: the only source of chance; an int or several (a run's seed and a step, say).
@@ -224,9 +113,18 @@ def needles(
     Raises:
         TokenizerError: the tokenizer has only some of the demo's tokens, or cannot write matching numbers.
         DataError: the facts and questions do not fit into `length`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> tokenizer = load_teacher()[1]
+        >>> batch = needles(tokenizer, length=32, count=2, seed=0)
+        >>> batch.input_ids.shape, batch.answer_positions.tolist()
+        (torch.Size([2, 32]), [[[29, 30]], [[29, 30]]])
+        >>> tokenizer.decode(batch.input_ids[0, -3:])
+        '<key_125><value_50><value_17>'
     """
     rng = np.random.default_rng(seed)
-    writer, text = _writer(tokenizer), _text(tokenizer, text_ids)
+    writer, text = writer_for(tokenizer), _text(tokenizer, text_ids)
     prefix = _prefix(tokenizer)
     rows = []
     for _ in range(count):
@@ -244,13 +142,31 @@ def needle_pairs(
     num_keys: int = 4,
     text_ids: Tensor | None = None,
 ) -> list[Pair]:
-    """Counterfactual pairs for causal scoring: `count` prompts of `length` tokens, arguments and errors as `needles`.
+    """Counterfactual pairs for causal scoring.
 
-    The corrupt prompt is the clean one with the asked key's value spliced over by a distractor of the same type, the
-    same token count and a different token at every place; it is the value of no other key.
+    The corrupt prompt is the clean one, in which a distractor has the place of the asked key's value: of the same type, of
+    as many tokens, different at every place, and the value of no other key.
+
+    Args:
+        tokenizer: as in `needles`.
+        length: T, tokens a prompt.
+        count: pairs.
+        seed: as in `needles`.
+        num_keys: facts a prompt, of which one is asked.
+        text_ids: as in `needles`.
+
+    Raises:
+        TokenizerError, DataError: as `needles`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> pair = needle_pairs(load_teacher()[1], length=32, count=1, seed=0)[0]
+        >>> differing = (pair.clean_ids != pair.corrupt_ids).nonzero().flatten()
+        >>> torch.equal(differing, pair.value_positions), torch.equal(pair.clean_ids[differing], pair.answer_ids)
+        (True, True)
     """
     rng = np.random.default_rng(seed)
-    writer, text = _writer(tokenizer), Text(tokenizer, text_ids)
+    writer, text = writer_for(tokenizer), Text(tokenizer, text_ids)
     pairs = []
     for _ in range(count):
         facts = writer.facts(num_keys, rng)
@@ -259,16 +175,16 @@ def needle_pairs(
     return pairs
 
 
-def chained_facts(text: Text, chains: int, hops: int, rng: np.random.Generator) -> tuple[list[_Fact], int]:
-    """Facts whose names are given to other names, `hops` times each, and the number of the fact that is asked.
+def chained_facts(text: Text, chains: int, hops: int, rng: np.random.Generator) -> tuple[list[Fact], int]:
+    """Facts, after each `hops` names that stand for the one before, and the number of the fact that is asked.
 
     The asked fact's question is the last name of its chain; a name is stated after the one it stands for.
     """
-    writer = _writer(text.tokenizer)
+    writer = writer_for(text.tokenizer)
     named = writer.facts(chains * (1 + hops), rng)
     roots, others = named[:chains], named[chains:]
     asked = int(rng.integers(chains))
-    stated: list[_Fact] = []
+    stated: list[Fact] = []
     for chain, root in enumerate(roots):
         names = [root, *others[chain * hops : (chain + 1) * hops]]
         stated.append(replace(root, question=names[-1].question) if chain == asked else root)
@@ -276,7 +192,7 @@ def chained_facts(text: Text, chains: int, hops: int, rng: np.random.Generator) 
     return stated, asked * (1 + hops)
 
 
-def pair_of_facts(text: Text, facts: list[_Fact], asked: int, length: int, rng: np.random.Generator, task: str) -> Pair:
+def pair_of_facts(text: Text, facts: list[Fact], asked: int, length: int, rng: np.random.Generator, task: str) -> Pair:
     """The pair that states `facts` in their order, hidden in text, and asks fact number `asked`."""
     # One token longer, without the last: the answer's last token is predicted and never read.
     row = _needle_row(text.prefix, facts, [asked], length + 1, text.ids, rng)
@@ -296,7 +212,7 @@ class Text:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_ids: Tensor | None = None) -> None:
-        self.tokenizer, self.name = tokenizer, _name(tokenizer)
+        self.tokenizer, self.name = tokenizer, tokenizer_name(tokenizer)
         self.ids, self.prefix = _text(tokenizer, text_ids), _prefix(tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -304,7 +220,7 @@ class Text:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def fill(self, length: int, used: int, rng: np.random.Generator, task: str) -> list[int]:
-        """The `length - used` tokens that a prompt lacks, from a random place; DataError where `used` is more."""
+        """The `length - used` tokens that a prompt lacks, from a random place; DataError if `used` is above `length`."""
         if used > length:
             raise DataError(f"{task}: the question needs {used} tokens, but the length is {length}; give a greater one")
         return _window(self.ids, length - used, rng).tolist()
@@ -325,15 +241,25 @@ def dense_recall(
     Keys are unique within a sequence, so at most 128 facts fit; the rest of a longer sequence is text between them.
 
     Args:
+        tokenizer: one with the demo's tokens.
+        length: T, tokens a sequence.
+        count: B, sequences.
+        seed: as in `needles`.
         num_pairs: facts; by default as many as fill three quarters of the sequence, at most one a key.
         questions: Q; by default a third of the facts. More than there are facts ask them again, round by round.
+        text_ids: as in `needles`.
 
     Raises:
         TokenizerError: a key or value token is missing.
         DataError: the facts and questions do not fit into `length`.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> dense_recall(load_teacher()[1], length=64, count=2, seed=0).answer_positions.shape  # [B, Q, A]
+        torch.Size([2, 5, 2])
     """
     rng = np.random.default_rng(seed)
-    writer, text = _SymbolWriter(tokenizer), _text(tokenizer, text_ids)
+    writer, text = SymbolWriter(tokenizer), _text(tokenizer, text_ids)
     prefix = np.array(_prefix(tokenizer), dtype=np.int64)
     size = 1 + VALUE_LENGTH
     pairs = min(len(KEY_TOKENS), (length - len(prefix)) * 3 // 4 // size) if num_pairs is None else num_pairs
@@ -357,7 +283,22 @@ def dense_recall(
 def plain_text(
     tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: Seed, *, text_ids: Tensor | None = None
 ) -> TaskBatch:
-    """Windows of real text from random places; every token but the first is labelled, and no question is asked."""
+    """Windows of real text from random places; every token but the first is labelled, and no question is asked.
+
+    Args:
+        tokenizer: any.
+        length: T, tokens a sequence, its own first token (bos) included.
+        count: B, sequences.
+        seed, text_ids: as in `needles`.
+
+    Raises:
+        DataError: `length` leaves no room for text.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> plain_text(load_teacher()[1], length=32, count=2, seed=0).input_ids.shape
+        torch.Size([2, 32])
+    """
     rng = np.random.default_rng(seed)
     text = _text(tokenizer, text_ids)
     prefix = np.array(_prefix(tokenizer), dtype=np.int64)
@@ -369,21 +310,16 @@ def plain_text(
     return TaskBatch("text", input_ids, labels, torch.zeros(count, 0, 0, dtype=torch.long), 1 / len(tokenizer))
 
 
-def has_symbols(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer has the demo's key tokens, so that needles are written with them and not in words."""
-    return tokenizer.convert_tokens_to_ids(KEY_TOKENS[0]) not in (None, tokenizer.unk_token_id)
-
-
 @dataclass(frozen=True)
 class _Row:
     ids: np.ndarray  # [T]
     answers: np.ndarray  # [Q, A] positions of the answers' tokens
     stated: np.ndarray  # [Q, A] positions at which the asked values are stated
-    asked: list[_Fact]
+    asked: list[Fact]
 
 
 def _needle_row(
-    prefix: list[int], facts: list[_Fact], order: list[int], length: int, text: np.ndarray, rng: np.random.Generator
+    prefix: list[int], facts: list[Fact], order: list[int], length: int, text: np.ndarray, rng: np.random.Generator
 ) -> _Row:
     """A sequence that states `facts` in their order, and asks those that `order` names."""
     asked = [facts[i] for i in order]
@@ -405,7 +341,7 @@ def _needle_row(
     return _Row(np.array(ids, dtype=np.int64), np.stack(answers), np.stack([stated[i] for i in order]), asked)
 
 
-def _asked(facts: list[_Fact], questions: int, rng: np.random.Generator) -> list[int]:
+def _asked(facts: list[Fact], questions: int, rng: np.random.Generator) -> list[int]:
     """Numbers of the facts to ask, drawn."""
     if not 1 <= questions <= len(facts):
         raise DataError(f"needles: {questions} questions about {len(facts)} keys; ask between 1 and the number of keys")
@@ -445,40 +381,3 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens this tokenizer puts before a text (bos, or nothing)."""
     with_special, without = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     return with_special[: with_special.index(without[0])]
-
-
-def _writer(tokenizer: PreTrainedTokenizerBase) -> _Writer:
-    return _SymbolWriter(tokenizer) if has_symbols(tokenizer) else _SentenceWriter(tokenizer)
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> np.ndarray:
-    ids: Any = tokenizer.convert_tokens_to_ids(list(names))
-    for name, token in zip(names, ids, strict=True):
-        if token is None or token == tokenizer.unk_token_id:
-            raise TokenizerError(
-                f"{_name(tokenizer)}: token {name} is missing; this task is written with the demo's key and value "
-                "tokens: use the demo's tokenizer, or `needles`, which a tokenizer without any of them writes in words"
-            )
-    return np.array(ids, dtype=np.int64)
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"{type(tokenizer).__name__} ({tokenizer.name_or_path or 'unnamed'})"
-
-
-def _two_numbers(rng: np.random.Generator) -> tuple[str, str]:
-    """Two five-digit numbers that share no digit at any place."""
-    digits = rng.permuted(np.tile(np.arange(1, 10), (5, 1)), axis=1)[:, :2]
-    return "".join(map(str, digits[:, 0])), "".join(map(str, digits[:, 1]))
-
-
-_WORDS = """
-    anchor apple arrow basket beacon bicycle blanket bottle bridge bronze butter button cabin camera candle canyon
-    carpet castle cellar circle cloud coffee copper corner cotton cradle crystal desert diamond dolphin dragon
-    eagle engine falcon feather fence fiddle forest fountain garden ginger glacier grape hammer harbor helmet
-    honey island ivory jacket jungle kettle kitchen ladder lantern lemon letter library lizard magnet maple marble
-    meadow mirror monkey mountain needle oasis ocean olive orange orchard oyster paddle palace paper parrot pencil
-    pepper piano pillow planet pocket pumpkin puzzle rabbit river rocket saddle sailor salmon shadow silver spider
-    spoon spring stable station summer sunset table temple thunder tiger tower tunnel turtle valley velvet village
-    violin walnut whistle window winter wizard
-""".split()  # noqa: SIM905  (a hundred quoted words would be a hundred lines)

@@ -21,8 +21,17 @@ HELD_OUT_SHARE = 8  # one paragraph in eight is held out
 def load_text(path: str | os.PathLike[str]) -> str:
     """Read a UTF-8 text file.
 
+    Args:
+        path: the file.
+
     Raises:
         DataError: the file is missing, empty (or only white space), or not UTF-8.
+
+    Example:
+        >>> load_text("nowhere.txt")
+        Traceback (most recent call last):
+        ...
+        hydrasurgery.errors.DataError: nowhere.txt: cannot be read ...
     """
     file = Path(path)
     try:
@@ -46,6 +55,13 @@ def library_text(split: Literal["train", "held-out", "all"] = "all") -> str:
 
     Args:
         split: "train" (seven paragraphs of eight), "held-out" (the eighth) or "all".
+
+    Raises:
+        DataError: another split.
+
+    Example:
+        >>> len(library_text("held-out")) < len(library_text("train"))
+        True
     """
     if split not in ("train", "held-out", "all"):
         raise DataError(f"library_text: no split {split!r}; choose 'train', 'held-out' or 'all'")
@@ -67,8 +83,18 @@ def _side(paragraph: str) -> str:
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Token ids of `text`, int64 [N], without special tokens and without a limit on the length.
 
+    Args:
+        tokenizer: a tokenizer of transformers.
+        text: any text.
+
     Raises:
         DataError: the text encodes to nothing.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> tokenizer = load_teacher()[1]
+        >>> tokenizer.decode(encode_text(tokenizer, "for x in y"))
+        'for x in y'
     """
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     if not ids:

@@ -18,20 +18,18 @@ from hydrasurgery.dialect.names import ATTENTION
 from hydrasurgery.ir.graphs import ancestors, arguments
 from hydrasurgery.kernels.attention.reference import visible_keys
 
-LARGEST = (
-    8192  # tokens: a mask whose formula holds a larger number is left as it is, for trying it would need more memory
-)
+# Tokens: a mask whose formula holds a larger number is left as it is, for trying it would need too much memory.
+LARGEST = 8192
 # A projection of few tokens to THIN times fewer channels than it reads: its launch costs more than its sums.
 FEW_TOKENS, THIN = 8, 16
 TALL = 65536  # rows of a weight whose product fills a card even for one token: a vocabulary's
 
 
 def drop_causal_masks(graph: fx.GraphModule) -> int:
-    """An attention whose mask is the causal one, whatever the sizes, gets `causal=True` in its place; says how many did.
+    """An attention whose mask is the causal one, whatever the sizes, gets `causal=True` in its place; returns how many did.
 
     A mask that depends only on sizes is computed for short sequences and for some longer than every number in its formula,
-    and compared. Kernels skip what a causal flag hides, and
-    the mask [B, 1, T, S] is never made.
+    and compared. Kernels skip what a causal flag hides, and the mask [B, 1, T, S] is never made.
     """
     changed = 0
     known: dict[fx.Node, bool] = {}
@@ -39,7 +37,7 @@ def drop_causal_masks(graph: fx.GraphModule) -> int:
         mask = node.args[3] if len(node.args) > 3 else None
         if isinstance(mask, fx.Node):
             if mask not in known:
-                known[mask] = _is_causal(graph, mask)
+                known[mask] = _is_causal(mask)
             if known[mask]:
                 node.update_arg(3, None)
                 node.update_kwarg("causal", True)
@@ -51,7 +49,7 @@ def drop_causal_masks(graph: fx.GraphModule) -> int:
     return changed
 
 
-def _is_causal(graph: fx.GraphModule, mask: fx.Node) -> bool:
+def _is_causal(mask: fx.Node) -> bool:
     order = ancestors(mask)
     free = [n for n in order if n.op == "placeholder"]
     if any(n.op == "get_attr" for n in order) or not all(map(_is_size, free)):
@@ -61,7 +59,7 @@ def _is_causal(graph: fx.GraphModule, mask: fx.Node) -> bool:
         return False
     # A window or a chunk is a number of the formula: only sequences longer than all of them show that there is none.
     tried = (5, largest + 3) if free else (0,)
-    return all(_equals_causal(graph, mask, order, {node: first + i for i, node in enumerate(free)}) for first in tried)
+    return all(_equals_causal(mask, order, {node: first + i for i, node in enumerate(free)}) for first in tried)
 
 
 def _numbers(node: fx.Node) -> list[int]:
@@ -72,7 +70,7 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), (int, torch.SymInt))
 
 
-def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], sizes: dict[fx.Node, int]) -> bool:
+def _equals_causal(mask: fx.Node, order: list[fx.Node], sizes: dict[fx.Node, int]) -> bool:
     """Run the mask's part of the graph on plain numbers."""
     values: dict[fx.Node, Any] = {}
     try:
@@ -94,11 +92,11 @@ def _equals_causal(graph: fx.GraphModule, mask: fx.Node, order: list[fx.Node], s
 
 
 def sum_linears(graph: fx.GraphModule) -> int:
-    """Projections of few tokens become sums, which Inductor writes itself and fuses with what stands around them.
+    """Projections of few tokens become sums, which Inductor writes itself and fuses with what is around them.
 
     Those are projections of one token (batch times length) to fewer than `TALL` channels, and of `FEW_TOKENS` to `THIN` times fewer
-    than they read, as a layer's gates are. A product reads its weight in tiles, of which one row to multiply leaves too few to fill
-    a card.
+    than they read, as a layer's gates are. A product reads its weight in tiles; with one row to multiply there are too few of them
+    to fill a card.
     """
     linears = graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear)
     chosen = [node for node in linears if not node.kwargs and _is_small(node)]

@@ -30,11 +30,13 @@ class OnnxExport:
     """What `export_onnx` wrote.
 
     Attributes:
-        path: the model file; with external data its weights lie in `<name>.data` beside it.
+        path: the model file; with external data its weights are in `<name>.data` beside it.
         target, opset: what it is for.
         bytes: of all files.
         states: names of the past inputs; each `past_key_values.N.kind` comes out as `present.N.kind`.
         fallbacks: decompositions of what the target has no operator for, with how often each was needed.
+
+    Example: see `export_onnx`.
     """
 
     path: Path
@@ -73,9 +75,12 @@ def export_onnx(
         path: the file to write, usually `*.onnx`; it must not exist.
         target: "onnxruntime" (com.microsoft LinearAttention and CausalConvWithState) or "opset27" (those of ai.onnx 27).
         cache: take and give states; without, the file maps whole sequences to logits.
-        opset: a newer ai.onnx opset than the target's own.
+        opset: a newer ai.onnx opset than the target's own, which None takes.
         external_data: weights in a file beside the model; by default where they exceed 2 GB.
         verbose: print what was written and what was decomposed.
+
+    Returns:
+        What was written.
 
     Raises:
         ExportError: an unknown target or too old an opset, an op or dtype that the target cannot express, a path that
@@ -166,7 +171,7 @@ def _convert(name: str, traced: Traced, lowering: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.onnx tells of packages that it would also know, and torch of its own deprecations."""
+    """Inside the block torch.onnx does not tell of other packages that it supports, nor torch of its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

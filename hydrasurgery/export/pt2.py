@@ -19,7 +19,16 @@ STATES = "hydrasurgery_states.json"  # a file in the archive that lists the stat
 
 @dataclass(frozen=True)
 class Pt2Export:
-    """What `export_pt2` wrote: the file, its size, the states in the order of the program's last input, whether it is compiled."""
+    """What `export_pt2` wrote.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        states: in the order of the program's last input.
+        aot: whether it is compiled.
+
+    Example: see `export_pt2`.
+    """
 
     path: Path
     bytes: int
@@ -42,11 +51,11 @@ def export_pt2(
         logits, *present = program(input_ids, attention_mask, position_ids, past)
 
     takes any batch, length and past length: input_ids and position_ids [B, T], attention_mask [B, P + T], and `past` a tuple
-    of the states, which come back as `present`. Where it starts, each has 0 past tokens or is zero: `Slot.empty`. The archive
+    of the states, which come back as `present`. At the start each has 0 past tokens or is zero: `Slot.empty`. The archive
     lists their names and shapes in the extra file "hydrasurgery_states.json".
 
-    With `aot` the archive holds machine code in the program's place, for this machine's kind of processor and version of torch:
-    `program = torch._inductor.aoti_load_package(path)`, which is called alike; the list is
+    With `aot` the archive holds machine code instead of the program, for this machine's kind of processor and version of torch:
+    `program = torch._inductor.aoti_load_package(path)`, which is called in the same way; the list is
     `program.get_metadata()["hydrasurgery_states.json"]`.
 
     Args:
@@ -55,6 +64,9 @@ def export_pt2(
         cache: take and give states; without, `past` is an empty tuple and logits are the only output.
         aot: compile by AOTInductor now, which takes a C++ compiler and a path that ends in ".pt2".
         verbose: print what was written.
+
+    Returns:
+        What was written.
 
     Raises:
         ExportError: torch.export or the compiler fails, the path exists, or the disk is full.

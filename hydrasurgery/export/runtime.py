@@ -27,6 +27,9 @@ class OnnxDecoder:
     Raises:
         ExportError: the file cannot be run, or is no such export.
         ImportError: onnxruntime is not installed.
+
+    Attributes:
+        eos_token_ids: tokens that end a row, of the exported model.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class OnnxDecoder:
         self.eos_token_ids: list[int] = json.loads(properties.get("hydrasurgery.eos_token_ids", "[]"))
 
     def empty(self, batch: int) -> dict[str, np.ndarray]:
-        """The states before the first token: no keys, zeros elsewhere."""
+        """The states of `batch` rows before the first token: no keys, zeros elsewhere."""
         states = {}
         for name in self._states:
             first, *rest = self._inputs[name].shape
@@ -76,6 +79,7 @@ class OnnxDecoder:
         """Logits [B, T, vocabulary] of the new tokens [B, T], and the states after them.
 
         Args:
+            input_ids: [B, T].
             attention_mask: [B, P + T], of all tokens up to now; 0 for padding on the left.
             states: what the last step returned; None at the start.
         """
@@ -99,12 +103,17 @@ class OnnxDecoder:
         eos_token_ids: Sequence[int] | None = None,
         pad_token_id: int = 0,
     ) -> np.ndarray:
-        """Continue each row of input_ids [B, T] with its likeliest tokens; returns [B, T + N], N at most `max_new_tokens`.
+        """Continue each row with its likeliest tokens.
 
         Args:
+            input_ids: [B, T].
             attention_mask: [B, T], 0 for padding on the left; all ones if None.
+            max_new_tokens: at most; fewer if every row ends before.
             eos_token_ids: tokens that end a row; by default those of the exported model.
             pad_token_id: what follows a row's end.
+
+        Returns:
+            [B, T + N] int64, the prompts and N new tokens.
         """
         ids = np.asarray(input_ids, np.int64)
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int64)

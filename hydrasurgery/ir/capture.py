@@ -24,14 +24,24 @@ from hydrasurgery.ir.stitch import region_modules
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
-    """Cut every attention module of `model` out as a region; `model` itself is left as it was.
+    """Cut out every attention module of `model` as a region; `model` itself is left as it was.
 
     Args:
         model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`.
         example_inputs: for a plain module, what its forward takes (a tensor or a dict); by default token ids [2, 11].
 
+    Returns:
+        A region a layer, in the order in which the layers run.
+
     Raises:
         UnsupportedModelError: naming the module and the reason.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> regions = hs.capture(load_teacher()[0])
+        >>> len(regions), regions[0]
+        (8, <region model.layers.0.self_attn: 16 heads (0 linear), 8 KV heads of 16>)
     """
     refuse_known(model)
     if region_modules(model):

@@ -19,7 +19,7 @@ def raise_attention(name: str, graph: fx.Graph) -> bool:
         _raise_sdpa(name, graph, node)
         modified = True
     for node in graph.find_nodes(op="call_function", target=ATTENTION):
-        modified |= _plain_mask(graph, node)
+        modified |= _plain_mask(node)
     remove_unused(graph)
     return modified
 
@@ -48,8 +48,8 @@ def _raise_sdpa(name: str, graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _plain_mask(graph: fx.Graph, node: fx.Node) -> bool:
-    """Undo slicing of the mask between the call and the op: the mask that arrives is the op's already."""
+def _plain_mask(node: fx.Node) -> bool:
+    """Undo slicing of the mask between the call and the op: the mask that the call gets already is the op's."""
     mask = node.args[3] if len(node.args) > 3 else None
     start = mask
     while isinstance(mask, fx.Node) and mask.op == "call_function" and mask.target == torch.ops.aten.slice.Tensor:

@@ -169,7 +169,12 @@ class Region:
         return [node for node in self.graph.nodes if node.target == target]
 
     def add(self, name: str, added: nn.Module | nn.Parameter) -> str:
-        """Put a module or parameter under `<region>.hydra.<name>`, in the region's dtype and device; returns its path."""
+        """Put `added` under `<region>.hydra.<name>`, in the region's dtype and on its device; returns its path from the module.
+
+        Args:
+            name: an attribute's name; what was there before is replaced.
+            added: a module, or a parameter.
+        """
         if isinstance(added, nn.Parameter):
             added = nn.Parameter(added.detach().to(device=self.device, dtype=self.dtype), added.requires_grad)
         else:
@@ -410,7 +415,7 @@ class RegionModule(nn.Module):
 
     @staticmethod
     def _continues(state: Any, hidden_states: Tensor) -> bool:
-        """Whether this is one token after others, in plain inference. An exported graph must serve any number of tokens, while
+        """Whether this is one token that follows others, in plain inference. An exported graph must serve any number of tokens;
         torch.compile makes a graph of its own for one token."""
         if state is None or not state.states or torch.is_grad_enabled() or _exporting():
             return False

@@ -27,13 +27,16 @@ def regions(model: nn.Module) -> list[Region]:
 
     They are what the hybrid runs: `run_pipeline(regions(hybrid), "my-pass")` changes the hybrid.
 
+    Args:
+        model: what `rewrite` gave, a copy of it, or a loaded checkpoint.
+
     Example:
         >>> import hydrasurgery as hs
         >>> from hydrasurgery.demo.teacher import load_teacher
         >>> teacher, _ = load_teacher()
         >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
         >>> print(str(hs.regions(hybrid)[0]).splitlines()[0])
-        region model.layers.0.self_attn: 16 heads (16 linear), 8 KV heads of 8
+        region model.layers.0.self_attn: 16 heads (16 linear), 8 KV heads of 16
     """
     found = []
     for name, module in region_modules(model).items():
@@ -43,5 +46,18 @@ def regions(model: nn.Module) -> list[Region]:
 
 
 def region_modules(model: nn.Module) -> dict[str, RegionModule]:
-    """The stitched attention modules of a model, by name, in order."""
+    """The stitched attention modules of a model, by name, in order; empty for a model that is no hybrid.
+
+    Args:
+        model: what `rewrite` gave, a copy of it, or a loaded checkpoint.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> modules = hs.region_modules(hybrid)
+        >>> len(modules), set(modules["model.layers.0.self_attn"].kinds)
+        (8, {'linear'})
+    """
     return {name: m for name, m in model.named_modules() if isinstance(m, RegionModule)}

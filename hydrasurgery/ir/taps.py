@@ -28,10 +28,32 @@ class HeadTap(nn.Module):
 
 @contextlib.contextmanager
 def head_taps(model: nn.Module, example_inputs: Any = None) -> Iterator[dict[str, HeadTap]]:
-    """For the time of the block every attention module has a `HeadTap` in which its attention runs, under its name.
+    """For the time of the block the attention of every attention module runs in a `HeadTap` of its own.
 
-    Forward hooks on it read the heads' outputs [B, T, H, D] or, by returning a tensor, replace them. Its inputs are for hooks
-    too. An output of more rows is one whose new rows had the inputs of row 0.
+    Forward hooks on a tap read the heads' outputs [B, T, H, D] or, by returning a tensor, replace them; pre-hooks do the same
+    with q, k, v and the mask. A hook may return more rows than it got: the new ones go on with the hidden states of row 0.
+
+    Args:
+        model: a decoder with all heads full, not a hybrid.
+        example_inputs: see `hydrasurgery.capture`.
+
+    Yields:
+        The taps, by the attention module's name.
+
+    Raises:
+        UnsupportedModelError: the model is a hybrid, or one that cannot be captured.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, tokenizer = load_teacher()
+        >>> shapes = []
+        >>> with hs.head_taps(teacher) as taps:
+        ...     tap = taps["model.layers.0.self_attn"]
+        ...     _ = tap.register_forward_hook(lambda tap, inputs, heads: shapes.append(tuple(heads.shape)))
+        ...     _ = teacher(torch.ones(2, 5, dtype=torch.long))
+        >>> shapes
+        [(2, 5, 16, 16)]
     """
     originals: dict[str, nn.Module] = {}
     stitched = region_modules(model)

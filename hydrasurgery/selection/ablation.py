@@ -1,4 +1,4 @@
-"""Mean ablation: what is lost when a head says the same thing everywhere; and how fast, head after head."""
+"""Mean ablation: what is lost when a head says the same thing everywhere, and how fast as more heads do."""
 
 from __future__ import annotations
 
@@ -79,16 +79,35 @@ def ablation_curve(
 ) -> AblationCurve:
     """The positive and the negative control of scores: mean-ablate their top heads, their bottom heads, and random ones.
 
-    Only pairs that the clean model answers are asked, so that no ablation is an accuracy of 1.
+    Only pairs that the clean model answers are asked, so that the accuracy without ablation is 1.
 
     Args:
+        model: The decoder that was scored.
+        scores: Of its heads.
+        pairs: Prompts to answer, best others than those that were scored.
         counts: How many heads to ablate together; by default nine steps from none to all.
         draws: Random sets a count.
+        seed: Of the random sets.
         batch_size: Prompts run together, twice.
         rows: Sets of heads that are replayed together, each on a whole prompt: the bound on memory.
 
+    Returns:
+        The accuracies; `print` shows them, `plot` draws them.
+
     Raises:
         ProbeError: no pair that the clean model answers, a count above the number of heads.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.selection import probe_pairs
+        >>> model, tokenizer = load_teacher()
+        >>> scores = hs.score_heads(model, tokenizer, length=48, count=2, progress=False)
+        >>> pairs = probe_pairs(model, tokenizer, length=48, count=2, seed=1)
+        >>> print(ablation_curve(model, scores, pairs, counts=(0, 16), draws=1))
+        ablated       top  bottom  random
+              0     1.000   1.000   1.000
+             16     0.000   1.000   1.000
     """
     ranking = [(scores.layers[layer].name, head) for layer, head in scores.ranking]
     counts = tuple(counts) if counts is not None else tuple(round(i * len(ranking) / 8) for i in range(9))

@@ -41,8 +41,24 @@ class Comparison:
 def compare(items: Mapping[str, Plan | HeadScores]) -> Comparison:
     """Compare plans, scores, or both, each two of them.
 
+    Args:
+        items: Name -> plan or scores, two at least.
+
+    Returns:
+        Overlap and rank correlation of each two; `print` shows them.
+
     Raises:
         PlanError: fewer than two, or of models with other heads.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> print(compare({s: hs.plan_heads(teacher, strategy=s) for s in ("random", "layerwise", "fixed")}))
+                            Jaccard  Spearman
+        random / layerwise    0.143     0.143
+        random / fixed        0.067     0.000
+        layerwise / fixed     0.067     0.000
     """
     if len(items) < 2:
         raise PlanError(f"compare needs at least two plans or scores, but got {len(items)}.")

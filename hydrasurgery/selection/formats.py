@@ -38,11 +38,14 @@ def read_scores(path: str | os.PathLike[str], source: Any, *, format: str) -> He
     A KV head's score is that of each of its query heads, and the scores' unit says so.
 
     Args:
+        path: The file, or a DuoAttention folder.
         source: The model, what `capture(model)` gives, scores or a plan: whatever knows the heads' shapes.
         format: "duo-attention", "prulong", "retrieval-head" or "qrhead".
 
     Raises:
         DataError: the file cannot be read or is of another shape; it names the file, what was expected and found.
+
+    Example: see `write_scores`.
     """
     unit = _unit(format)
     file = Path(path)
@@ -66,10 +69,27 @@ def write_scores(
     """Write scores (for `prulong` a plan) as another tool reads them; the file appears whole or not at all.
 
     Args:
+        scores: What to write.
+        path: The file.
+        format: "duo-attention", "prulong", "retrieval-head" or "qrhead".
         group_score: "max", "mean" or "sum" of the query heads of a KV head, where the format is by KV head.
+
+    Returns:
+        The path.
 
     Raises:
         DataError: an unknown format, a plan for a format of scores or the other way round.
+
+    Example:
+        >>> import tempfile
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plan = hs.plan_heads(teacher, strategy="layerwise")
+        ...     file = write_scores(plan, f"{folder}/heads.tsv", format="prulong")
+        ...     read_scores(file, teacher, format="prulong").layers[7].importance[0]
+        1.0
     """
     unit = _unit(format)
     if isinstance(scores, Plan) != (format == "prulong"):

@@ -38,9 +38,23 @@ def fuse_scores(
             that retrieval by itself would let go.
         weights: Name -> weight, 1 where none is given.
         how: "mean" or "max" over capabilities.
+        threshold: Above which a mean effect counts, in the scores' own unit.
+        draws: Resamples for the spread; 0 leaves it 0.
+        seed: Of the resamples.
 
     Raises:
         ProbeError: nothing to fuse, scores of other models or pairs, scores without samples, an unknown name or `how`.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> given = {"length": 48, "count": 2, "progress": False}
+        >>> receiver, copying = (
+        ...     hs.score_heads(*load_teacher(), method=m, **given) for m in ("activation-patching", "retrieval")
+        ... )
+        >>> fused = fuse_scores({"retrieval": receiver, "copying": copying}, weights={"copying": 0.5})
+        >>> fused.method
+        'mean of retrieval (activation-patching), copying (retrieval)'
     """
     if how not in ("mean", "max"):
         raise ProbeError(f"how={how!r} is not one of mean, max.")
@@ -72,8 +86,22 @@ def fuse_scores(
 def confidence(scores: HeadScores, top: int, *, draws: int = DRAWS, seed: int = 0) -> list[list[float]]:
     """[layer][head]: the share of resamples of the pairs in which the head is among the `top` most important.
 
+    Args:
+        scores: With samples of at least one pair.
+        top: How many heads.
+        draws: Resamples.
+        seed: Of the resamples.
+
     Raises:
         ProbeError: the scores have no samples.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> scores = hs.score_heads(*load_teacher(), length=48, count=2, progress=False)
+        >>> layer, head = scores.ranking[0]
+        >>> confidence(scores, top=16)[layer][head]
+        1.0
     """
     samples, rng = _samples(scores), np.random.default_rng(seed)
     counts = np.zeros(samples.shape[1])
@@ -87,8 +115,20 @@ def confidence(scores: HeadScores, top: int, *, draws: int = DRAWS, seed: int = 
 def split_half(scores: HeadScores, *, draws: int = DRAWS, seed: int = 0) -> float:
     """How well two halves of the pairs agree: the mean correlation of the scores of random halves.
 
+    Args:
+        scores: With samples of at least two pairs.
+        draws: Divisions into halves.
+        seed: Of the divisions.
+
     Raises:
         ProbeError: the scores have no samples, or there are fewer than two pairs.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> scores = hs.score_heads(*load_teacher(), length=48, count=4, progress=False)
+        >>> split_half(scores, draws=20) > 0.5
+        True
     """
     samples, rng = _samples(scores), np.random.default_rng(seed)
     if len(samples) < 2:

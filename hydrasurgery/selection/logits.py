@@ -84,16 +84,16 @@ def _slope(meter: HeadMeter, pair: Pair, run: Run) -> Tensor:
             f"not the {run.clean_logits.shape[-1]} logits, so logit-contribution cannot find the unembedding; use a causal method."
         )
     tail: list[Callable[[Tensor], Tensor]] = [unembed]
-    if len(calls) > 1 and torch.equal(_at(calls[-2][2], given, run), _at(given, given, run)):
+    if len(calls) > 1 and torch.equal(_at(calls[-2][2], run), _at(given, run)):
         tail, given = [calls[-2][0], unembed], calls[-2][1]
     with torch.enable_grad():
-        start = value = _at(given, given, run).detach().clone().requires_grad_()
+        start = value = _at(given, run).detach().clone().requires_grad_()
         for step in tail:
             value = step(value)
         (slope,) = torch.autograd.grad(readout(value[0], pair), start)
     return slope[0].float()
 
 
-def _at(x: Tensor, like: Tensor, run: Run) -> Tensor:
+def _at(x: Tensor, run: Run) -> Tensor:
     """The answer's positions of x [1, T, C], unless it was cut to them already."""
     return x if x.shape[1] == len(run.asked) else x[:, run.asked]

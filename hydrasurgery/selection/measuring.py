@@ -35,7 +35,7 @@ class HeadMeter:
         taps: A tap on each layer's heads, by the layer's name.
         pairs: All that were given, usable or not.
         batch_size: Prompts run together, twice (clean and corrupt).
-        rows: Changed heads that are replayed together (on whole prompts at most `batch_size`, after a start a few more).
+        rows: Changed heads that are replayed together (on whole prompts at most `batch_size`; from a later token on a few more).
         seed: For scorers that draw.
         replayer: Replays the runs that `runs` gives.
         dropped: A sentence for each pair that cannot be used, by its number; known after the first `runs`.
@@ -113,8 +113,13 @@ class HeadMeter:
             ProbeError: no pair can be used.
 
         Example: the norm of what each head gives where the answer is predicted.
-            >>> with open_meter(model, pairs) as meter:
+            >>> from hydrasurgery.demo.teacher import load_teacher
+            >>> from hydrasurgery.selection import probe_pairs
+            >>> model, tokenizer = load_teacher()
+            >>> with open_meter(model, probe_pairs(model, tokenizer, length=48, count=2)) as meter:
             ...     norms = meter.measure(lambda pair, run: {name: x.norm(dim=(0, 2)) for name, x in run.clean.items()})
+            >>> norms["model.layers.0.self_attn"].shape
+            torch.Size([2, 16])
         """
         found: dict[str, list[Tensor]] = {}
         for pair, run in self.runs(whole=whole, live=live):
@@ -202,9 +207,7 @@ def open_meter(
 
     Arguments are the attributes of `HeadMeter`; `advance(done, more)` is told of progress, in pairs.
 
-    Example:
-        >>> with open_meter(model, pairs) as meter:
-        ...     scores = activation_patching(meter)  # layer name -> [P, H]
+    Example: see `HeadMeter.measure`.
     """
     with torch.no_grad(), evaluating(model), head_taps(model) as taps:
         yield HeadMeter(

@@ -67,7 +67,13 @@ def draw_plan(plan: Plan, path: Target) -> Path:
     """Rows are layers, columns are heads, dark is full; errors as in `draw_heat_maps`.
 
     Example:
-        >>> draw_plan(Plan.load("plan.json"), "plan.png")
+        >>> import tempfile
+        >>> from hydrasurgery.choose import plan_heads
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> plan = plan_heads(load_teacher()[0], strategy="random")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_plan(plan, f"{folder}/plan.png").name
+        'plan.png'
     """
     values = [[float(kind == "full") for kind in layer.kinds] for layer in plan.layers]
     title = f"{plan.model.architecture or 'model'}, {plan.num_full} of {plan.num_heads} heads full"

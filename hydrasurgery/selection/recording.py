@@ -67,8 +67,15 @@ def record(
         live: Keep what live replays need as well, which implies `whole`.
 
     Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.ir.taps import head_taps
+        >>> from hydrasurgery.selection import probe_pairs
+        >>> model, tokenizer = load_teacher()
+        >>> pairs = probe_pairs(model, tokenizer, length=48, count=2)
         >>> with head_taps(model) as taps:
-        ...     runs = record(model, taps, pairs, live=True)  # one for each pair
+        ...     runs = record(model, taps, pairs[:1], live=True)
+        >>> runs[0].clean["model.layers.0.self_attn"].shape  # [P, H, D]
+        torch.Size([48, 16, 16])
     """
     whole = whole or live
     device = next(model.parameters()).device

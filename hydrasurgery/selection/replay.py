@@ -5,7 +5,7 @@ Two kinds exist:
 - frozen: every attention output is a recorded one, so that no token reads another any more, and what is changed at a
   position reaches the logits of that position only, through the residual stream and the MLPs. It is run on the few
   tokens that predict the answer: exact, and thousands of times less work than whole prompts. A model to which this does
-  not apply (a token mixer besides attention) is found out by comparing logits, and is replayed on whole prompts.
+  not apply (a token mixer besides attention) is recognised by comparing logits, and is replayed on whole prompts.
 - live: attention runs as it does, on a whole prompt or, after recorded keys and values, from one of its tokens on. Where
   one head a row is changed, a row joins the batch after the attention of its layer, blocks before all changed heads give
   what they gave, and in the last layer only the answer's tokens ask and go on. Each of these is tried on a pair first.
@@ -50,9 +50,17 @@ class Replayer:
         pairs: Those whose runs will be replayed.
 
     Example:
-        >>> replayer = Replayer(model, taps, [pair])
-        >>> (run,) = record(model, taps, [pair], whole=not replayer.local)
-        >>> logits = replayer.replay(run, 1, frozen(run, 1))  # [1, A, vocabulary], those of the clean run
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.ir.taps import head_taps
+        >>> from hydrasurgery.selection import probe_pairs
+        >>> model, tokenizer = load_teacher()
+        >>> pairs = probe_pairs(model, tokenizer, length=48, count=2)
+        >>> with torch.no_grad(), head_taps(model) as taps:
+        ...     replayer = Replayer(model, taps, pairs[:1])
+        ...     (run,) = record(model, taps, pairs[:1], whole=not replayer.local)
+        ...     logits = replayer.replay(run, 1, frozen(run, 1))[0]
+        >>> torch.allclose(logits, run.clean_logits, atol=1e-3)
+        True
     """
 
     def __init__(self, model: nn.Module, taps: Taps, pairs: Sequence[Pair]) -> None:
@@ -186,7 +194,13 @@ def _agrees(run: Run, shorter: Callable[[], Tensor]) -> bool:
     """Whether every row of a replay that changes nothing has the clean run's logits."""
     try:
         logits = shorter()
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):  # a layer told its shapes otherwise
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ):  # a layer was given shapes that it cannot take
         return False
     tolerance = torch.finfo(logits.dtype).eps ** 0.5 * run.clean_logits.abs().max()
     return bool((logits - run.clean_logits).abs().max() <= tolerance)

@@ -25,10 +25,16 @@ class LayerScores:
     """One attention layer's shape and the scores of its H query heads.
 
     Attributes:
+        name: The attention module's path in the model.
+        num_key_value_heads: KV heads.
+        head_dim, value_dim: Widths of a head's keys and values.
+        window: Tokens that a query sees at most; None for all.
         importance: [H]; for activation patching 1 is the whole effect of the answer, negative means the head hurt it.
         spread: [H], standard deviation of the importance between pairs.
         error: [H], relative error of the head's best linear stand-in (0 exact, 1 nothing explained); None unmeasured.
         samples: [P][H], each used pair's score; empty where a method has none.
+
+    Example: see `HeadScores`.
     """
 
     name: str
@@ -43,6 +49,7 @@ class LayerScores:
 
     @property
     def num_heads(self) -> int:
+        """Query heads, H."""
         return len(self.importance)
 
 
@@ -53,10 +60,26 @@ class HeadScores:
     `print(scores)` lists the top heads, `plot(path)` draws the map, `save`/`load` keep them as JSON.
 
     Attributes:
+        layers: One a layer, in order.
+        method: How they were measured, or the format that they were read from.
         unit: "head", or "kv-group" where a KV head was measured and all its query heads bear its score.
+        model: The model that was measured.
+        seed: Of the probes.
+        length: Tokens of the prompts; several lengths where there were several.
         pairs: Pairs that were used; `dropped` says why others were not.
+        dropped: A sentence for each pair that was not.
         tasks: [P], the probe of each used pair.
-        replay: "readout" where frozen replays ran on the answer's tokens only, "full" where on whole prompts.
+        replay: "readout" if frozen replays ran on the answer's tokens only, "full" if on whole prompts; empty if there were none.
+        versions: Package -> version, of when they were measured.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> scores = hs.score_heads(*load_teacher(), length=48, count=2, progress=False)
+        >>> len(scores.layers), scores.layers[0].num_heads, scores.pairs
+        (8, 16, 2)
+        >>> hs.HeadScores.from_json(scores.to_json()) == scores
+        True
     """
 
     layers: tuple[LayerScores, ...]
@@ -85,7 +108,7 @@ class HeadScores:
 
     @classmethod
     def from_json(cls, text: str, source: str = "scores") -> HeadScores:
-        """Read `to_json`'s text. DataError names `source` if it is not a score file of this version."""
+        """Read `text`, which `to_json` gave. DataError names `source` if it is not a score file of this version."""
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
@@ -117,7 +140,7 @@ class HeadScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
-        """Read scores that `save` wrote; DataError if the file is missing or is something else."""
+        """Read the scores that `save` wrote to `path`; DataError if the file is missing or is something else."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -128,6 +151,7 @@ class HeadScores:
         """Draw the scores (PNG).
 
         Args:
+            path: The PNG to write.
             kind: "map" (layers x heads, reconstruction error beside it where it was measured), "groups" (layers x KV
                 heads, the greatest importance of each KV head's query heads), "histogram" (of the heads' importance), or
                 "coverage" (share of all positive importance that the top heads hold, and the top KV groups).

@@ -53,22 +53,34 @@ def score_heads(
       divergence at the answer; `gates`: a learned mixture of head and stand-in.
 
     The others change nothing and look at the head: `logit-contribution`, `retrieval` (copy attention), `induction`, `echo`, and
-    `reconstruction`, the error of its linear stand-in, which every method measures, for a plan breaks ties by it.
+    `reconstruction`, the error of its linear stand-in. Every method measures that error too, for a plan breaks ties by it.
 
     Args:
         model: A decoder with all heads full (the teacher).
         tokenizer: Writes the probes; not needed with `pairs`.
+        method: One of those above.
         probes: Which prompts, of `hydrasurgery.evaluation.PROBES`.
         pairs: Counterfactual prompts of your own instead.
         length: Tokens a probe, or several lengths; default 4096 or the model's position limit.
         count: Pairs in all, shared between lengths and probes.
+        seed: Of the probes, and of methods that draw; equal seeds give equal scores.
         batch_size: Prompts run together, twice (clean and corrupt), and whole prompts replayed together.
         rows: Changed heads that are replayed together: with `batch_size` the bound on memory.
         progress: Show a bar.
 
+    Returns:
+        The scores, which `plan_heads` takes.
+
     Raises:
         ProbeError: neither tokenizer nor pairs, an unknown method or probe, or no pair that the clean model answers.
         SequenceLengthError: `length` is above the model's position limit.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> scores = hs.score_heads(*load_teacher(), length=48, count=2, progress=False)
+        >>> scores.ranking[0]  # (layer, head)
+        (6, 0)
     """
     if method not in METHODS:
         raise ProbeError(f"method={method!r} is not one of {', '.join(METHODS)}.")
@@ -108,7 +120,25 @@ def probe_pairs(
     count: int = 12,
     seed: int = 0,
 ) -> list[Pair]:
-    """The pairs that `score_heads` makes of the same arguments, for a model's limit of positions; errors as there."""
+    """The pairs that `score_heads` makes of the same arguments.
+
+    Args:
+        model: The decoder, for its position limit.
+        tokenizer: Writes the probes.
+        probes: Which prompts, of `hydrasurgery.evaluation.PROBES`.
+        length: Tokens a probe, or several lengths; default 4096 or the model's position limit.
+        count: Pairs in all, shared between lengths and probes.
+        seed: Equal seeds give equal pairs.
+
+    Raises:
+        ProbeError: no tokenizer, or an unknown probe.
+        SequenceLengthError: `length` is above the model's position limit.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> [pair.task for pair in probe_pairs(*load_teacher(), length=48, count=2)]
+        ['needle-1@48', 'needle-4@48']
+    """
     if tokenizer is None:
         raise ProbeError("score_heads needs a tokenizer to write its probes, or pairs=... of your own.")
     unknown = [name for name in probes if name not in PROBES]

@@ -1,6 +1,6 @@
-"""The swap check: heads give way to their calibrated linear stand-ins, and the answer is measured again.
+"""The swap check: calibrated linear stand-ins take the place of heads, and the answer is measured again.
 
-This is the confirming measurement: it asks for sensitivity to conversion, which is not the same as importance.
+This confirms a choice: it measures sensitivity to conversion, which is not the same as importance.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SwapCheck:
 
     Attributes:
         accuracy: Share of the pairs that the clean model answers whose whole answer is still right.
-        lead: Mean of m(swapped) / m(clean) of the readout (eq. 9): 1 nothing is lost, 0 answer and distractor are equal.
+        lead: Mean of m(swapped) / m(clean) of the readout (eq. 9): at 1 nothing is lost, at 0 answer and distractor are equal.
         divergence: KL(clean || swapped) at the answer's tokens, nats.
     """
 
@@ -74,12 +74,28 @@ def swap_check(
     """Measure plans on a teacher without rewriting it: what calibrated hybrids answer before any training.
 
     Args:
+        model: The teacher.
+        plans: Name -> plan.
+        pairs: Prompts to answer.
         batch_size: Prompts run together, twice.
         rows: Plans that are replayed together, each on a whole prompt: the bound on memory.
+
+    Returns:
+        The result of each plan, by its name.
 
     Raises:
         ProbeError: no pair that the clean model answers.
         PlanError: a plan is for another model.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.selection import probe_pairs
+        >>> model, tokenizer = load_teacher()
+        >>> plans = {s: hs.plan_heads(model, strategy=s) for s in ("all-full", "all-linear")}
+        >>> found = swap_check(model, plans, probe_pairs(model, tokenizer, length=48, count=2))
+        >>> found["all-full"].accuracy, found["all-linear"].accuracy
+        (1.0, 0.0)
     """
     with open_meter(model, pairs, batch_size=batch_size, rows=rows) as meter:
         for plan in plans.values():

@@ -20,8 +20,13 @@ def watch_taps(taps: Taps, visit: Callable[[str, LastAttention, Tensor], None]) 
     """Inside the block every layer that runs calls visit(name, its attention, its heads' outputs [B, T, H, V]).
 
     Example: each layer's queries.
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.ir.taps import head_taps
+        >>> model, queries = load_teacher()[0], {}
         >>> with head_taps(model) as taps, watch_taps(taps, lambda name, last, output: queries.update({name: last.q})):
-        ...     model(input_ids)
+        ...     _ = model(torch.ones(1, 5, dtype=torch.long))
+        >>> len(queries), queries["model.layers.0.self_attn"].shape
+        (8, torch.Size([1, 16, 5, 16]))
     """
     with LastAttention(taps) as last, ExitStack() as stack:
         for name, tap in taps.items():
@@ -40,9 +45,13 @@ class LastAttention:
         options: The other arguments of `hydra::attention`, by name.
 
     Example:
-        >>> with LastAttention(taps) as last:
-        ...     model(input_ids)
-        ...     last.weights(torch.tensor([3]))  # of the last layer, [B, H, 1, S]
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> from hydrasurgery.ir.taps import head_taps
+        >>> model = load_teacher()[0]
+        >>> with head_taps(model) as taps, LastAttention(taps) as last:
+        ...     _ = model(torch.ones(1, 5, dtype=torch.long))
+        >>> last.weights(torch.tensor([3])).shape  # of the last layer, [B, H, 1, S]
+        torch.Size([1, 16, 1, 5])
     """
 
     q: Tensor

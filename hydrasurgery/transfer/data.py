@@ -28,15 +28,30 @@ IGNORED = -100  # the label of a token that counts in no cross entropy
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """What `distill` draws from.
+    """What `distill` draws from: any object with this method.
 
-    `batch` must depend on nothing but its arguments: `step` counts from 0 within the stage, `stage` gives `batch_size`
-    and `length`, `generator` is a CPU generator seeded from (seed, stage, step). It returns `input_ids` [B, T] and, as
-    needed, `attention_mask` [B, T] (1 = a token, 0 = padding), `labels` [B, T] (input_ids with -100 where no cross
-    entropy is wanted; the shift by one happens in the loss), `position_ids` and other arguments of the model's forward.
+    Example:
+        >>> class Noise:
+        ...     def batch(self, step, stage, generator):
+        ...         return {"input_ids": torch.randint(100, (stage.batch_size, stage.length), generator=generator)}
+        >>> isinstance(Noise(), BatchSource)
+        True
     """
 
-    def batch(self, step: int, stage: Stage, generator: torch.Generator) -> Mapping[str, Tensor]: ...
+    def batch(self, step: int, stage: Stage, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """What a step trains on; it must depend on nothing but the arguments.
+
+        Args:
+            step: counts from 0 within the stage.
+            stage: gives `batch_size` and `length`.
+            generator: on the CPU, seeded from (seed, stage, step).
+
+        Returns:
+            `input_ids` [B, T] and, as needed, `attention_mask` [B, T] (1 = a token, 0 = padding), `labels` [B, T] (input_ids
+            with -100 where no cross entropy is wanted; the shift by one happens in the loss), `position_ids` and other
+            arguments of the model's forward.
+        """
+        ...
 
 
 def mix_seed(*parts: object) -> int:
@@ -55,6 +70,11 @@ class TokenStream:
 
     Raises:
         DataError: `tokens` is empty or not one run of integers; at `batch`, shorter than one window.
+
+    Example:
+        >>> stage = Stage("distil", batch_size=2, length=4, steps=1, lr=1e-3, lr_end=1e-3)
+        >>> TokenStream(torch.arange(100), bos=7).batch(0, stage, torch.Generator())["input_ids"][:, 0].tolist()
+        [7, 7]
     """
 
     def __init__(self, tokens: Tensor | np.ndarray, *, seed: int = 0, bos: int | None = None) -> None:
@@ -66,7 +86,7 @@ class TokenStream:
             raise DataError(f"tokens must be one run of integers, not {self.tokens.dtype} of shape {self.tokens.shape}")
 
     def batch(self, step: int, stage: Stage, generator: torch.Generator) -> dict[str, Tensor]:
-        """The batch of `step` in `stage`: {"input_ids": int64 [stage.batch_size, stage.length]}."""
+        """The batch of `step` in `stage`: {"input_ids": int64 [stage.batch_size, stage.length]}; `generator` is not used."""
         width = stage.length - (self.bos is not None)
         count = self.tokens.size // max(1, width)
         if count == 0 or width < 1:
@@ -104,6 +124,10 @@ def as_source(data: Any, *, tokenizer: Any = None, seed: int = 0) -> BatchSource
 
     Raises:
         DataError: there is no token in `data`, or it is of none of these forms.
+
+    Example:
+        >>> as_source([[1, 2, 3], [4, 5]]).tokens.tolist()
+        [1, 2, 3, 4, 5]
     """
     if isinstance(data, BatchSource) and not hasattr(data, "column_names"):  # a Dataset's `batch` means something else
         return data
@@ -179,6 +203,12 @@ class Batch:
         inputs: arguments of the model's forward, `input_ids` [B, T] among them.
         mask: bool [B, T], True for tokens that count (not padding).
         labels: [B, T] token ids, -100 where no cross entropy is wanted; not shifted.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7], [8, 9, 9]])
+        >>> batch = Batch({"input_ids": ids}, torch.ones_like(ids).bool(), ids)
+        >>> [part.labels.tolist() for part in batch.split(1)]
+        [[[5, 6, 7]], [[8, 9, 9]]]
     """
 
     inputs: dict[str, Any]

@@ -27,6 +27,14 @@ class SplitModel:
     Attributes:
         model: the whole model.
         backbone: the module that gives the hidden states; `model` itself if there is no split.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, ids = load_teacher()[0], torch.ones(1, 5, dtype=torch.long)
+        >>> split = SplitModel(model)
+        >>> logits = split.logits(split.hidden({"input_ids": ids})[0, -2:])
+        >>> torch.allclose(logits, model(ids).logits[0, -2:], atol=1e-4)
+        True
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,7 +45,11 @@ class SplitModel:
             self.backbone = decoder
 
     def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Hidden states [B, T, hidden] after the final norm (logits [B, T, vocabulary] without a split)."""
+        """Hidden states [B, T, hidden] after the final norm (logits [B, T, vocabulary] without a split).
+
+        Args:
+            inputs: arguments of the model's forward, `input_ids` [B, T] among them.
+        """
         if hasattr(self.model, "get_decoder"):
             output = self.backbone(**inputs, use_cache=False)
             return output.logits if self.backbone is self.model else output.last_hidden_state
@@ -46,7 +58,7 @@ class SplitModel:
         return output if isinstance(output, Tensor) else output[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, vocabulary] of the hidden states [N, hidden]."""
+        """Logits [N, vocabulary] of hidden states: `hidden` [N, hidden]."""
         if self.backbone is self.model:
             return hidden
         with standing_still(self.backbone, output=self._output(last_hidden_state=hidden[None])):
@@ -82,6 +94,11 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         output: [B, T, hidden], what the hybrid layer gives.
         target: [B, T, hidden], what the teacher's layer gives.
         mask: bool [B, T], True for tokens that count.
+
+    Example:
+        >>> target = torch.ones(1, 2, 4)
+        >>> relative_error(1.5 * target, target, torch.tensor([[True, False]]))
+        tensor(0.2500)
     """
     mask = mask.to(output.device)
     output, target = output[mask].float(), target[mask].float()
@@ -113,6 +130,13 @@ def language_loss(
 
     Returns:
         The loss, a scalar with a gradient, and its parts without: `ce`, and `kl` if there is a teacher.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, ids = SplitModel(load_teacher()[0]), torch.ones(1, 5, dtype=torch.long)
+        >>> loss, parts = language_loss(model, model, Batch({"input_ids": ids}, ids.bool(), ids))
+        >>> loss.item(), sorted(parts)
+        (0.0, ['ce', 'kl'])
     """
     targets = next_labels(batch)
     kl_total, ce_total = totals or loss_totals(batch)

@@ -39,13 +39,18 @@ class Stage:
         ce_weight: weight of the cross entropy beside the KL in `distil`.
         body_lr: factor on the rate for parameters outside the attention regions; 0 freezes them.
         trainable: `all`, or `additions`: what the surgery put under the regions' `hydra`, while the rest stays shared with
-            the teacher. If None, `align` trains the additions and other stages all. `all` in `align` is all of the attention
-            regions, projections too, which full heads that lose their RoPE need.
+            the teacher. If None, `align` trains the additions and other stages train all. In `align` `all` means all of the
+            attention regions, projections too; full heads that lose their RoPE need it.
         freeze_full_qk: leave the query and key projections of full heads as they are (QK-Restore).
         micro_batch: sequences a forward pass, the gradient being accumulated over the batch; None takes all at once.
 
     Raises:
         RecipeError: a field is out of range.
+
+    Example:
+        >>> stage = Stage("distil", batch_size=4, length=512, tokens=10_000, lr=1e-3, lr_end=1e-5, warmup=1)
+        >>> stage.num_steps, stage.rate(0), stage.rate(4)
+        (5, 0.001, 1e-05)
     """
 
     name: StageName
@@ -109,6 +114,14 @@ class Recipe:
         autocast: `bfloat16` runs the forward passes under autocast; weights and optimiser state keep the parameters'
             own dtype. None computes in that dtype throughout.
         checkpoint_every: steps between checkpoints; the end of a stage always has one.
+
+    Raises:
+        RecipeError: there is no stage, or a field is out of range.
+
+    Example:
+        >>> recipe = Recipe("short", [Stage("align", batch_size=1, length=64, steps=1, lr=1e-3, lr_end=1e-3)])
+        >>> Recipe.from_json(recipe.to_json()) == recipe
+        True
     """
 
     name: str
@@ -131,7 +144,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from `to_json`'s data.
+        """Build a recipe from `data`, which `to_json` gave.
 
         Raises:
             RecipeError: a field is missing, unknown or out of range.
@@ -148,7 +161,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe that `save` wrote.
+        """Read the recipe that `save` wrote to `path`.
 
         Raises:
             RecipeError: the file is missing or holds no recipe.
@@ -185,6 +198,10 @@ def get_recipe(recipe: str | os.PathLike[str] | Recipe) -> Recipe:
 
     Raises:
         RecipeError: there is neither a preset nor a file of that name.
+
+    Example:
+        >>> [stage.name for stage in get_recipe("hydrahead").stages]
+        ['align', 'distil', 'lengthen']
     """
     if isinstance(recipe, Recipe):
         return recipe

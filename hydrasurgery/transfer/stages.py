@@ -37,6 +37,8 @@ class TransferResult:
         history: one record a step, of earlier sessions of the run too: `stage`, `stage_index`, `step` (from 1), `loss`
             (with `kl` and `ce` where they apply), `lr`, `grad_norm`, `tokens`, `seconds`.
         checkpoint: the last checkpoint, or None if nothing was written.
+
+    Example: see `distill`.
     """
 
     history: list[Record]
@@ -62,8 +64,8 @@ def distill(
 ) -> TransferResult:
     """Train a hybrid to follow its teacher (paper section 4); the teacher comes out bit for bit as it went in.
 
-    `align`: every hybrid attention layer runs on the hidden states that the teacher's layer sees, loss
-    mean over layers of |y^ - y|^2 / |y|^2. `distil`: KL(teacher || student) + ce_weight * cross entropy on the logits.
+    `align`: every hybrid attention layer runs on the hidden states that the teacher's layer sees; the loss is the mean
+    over layers of |y^ - y|^2 / |y|^2. `distil`: KL(teacher || student) + ce_weight * cross entropy on the logits.
     `lengthen`: cross entropy. Before a stage trains everything, the hybrid gets its own copies of what it shares.
 
     Args:
@@ -78,9 +80,22 @@ def distill(
         progress: show a progress bar with the loss, the rate and tokens per second.
         callback: called with the record of every step.
 
+    Returns:
+        The record of every step, and the last checkpoint.
+
     Raises:
         DivergedError: a loss or gradient is not finite; the last good checkpoint is kept and named.
         DataError, RecipeError, CheckpointError, PlanError: naming what does not fit.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> recipe = Recipe("short", [Stage("align", batch_size=1, length=64, steps=1, lr=1e-3, lr_end=1e-3, warmup=0)])
+        >>> result = hs.distill(hybrid, teacher, torch.arange(512), recipe=recipe, progress=False)
+        >>> len(result.losses("align")), result.history[0]["tokens"]
+        (1, 64)
     """
     recipe = get_recipe(recipe)
     _check_models(hybrid, teacher, recipe)

@@ -23,7 +23,8 @@ def calibrate(hybrid: nn.Module, teacher: nn.Module, input_ids: Tensor) -> dict[
 
     Each hybrid layer is fed the teacher's own hidden states: what is fitted is what its recurrences get there, with or without
     rotary embedding and after the short convolution. gamma_h = <o_h, o^_h> / <o^_h, o^_h> with o^ = RMSNorm(o), o_h the
-    teacher's; where full heads are normalised too (`full_norm="paper"`) theirs is the same fit to their output in the hybrid.
+    teacher's; where full heads are normalised too (`full_norm="paper"`), theirs is fitted in the same way to what they give in
+    the hybrid.
 
     Args:
         hybrid: what `rewrite(teacher, plan)` gave, not yet trained.
@@ -32,6 +33,15 @@ def calibrate(hybrid: nn.Module, teacher: nn.Module, input_ids: Tensor) -> dict[
 
     Returns:
         The fits of each layer's linear heads, in the order of their slots, by the layer's name.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> fits = hs.calibrate(hybrid, teacher, torch.arange(64)[None])
+        >>> fits["model.layers.0.self_attn"].half_life.shape
+        torch.Size([16])
     """
     fits: dict[str, LinearFit] = {}
     with head_taps(teacher) as taps:

@@ -18,7 +18,14 @@ from hydrasurgery.transfer.recipe import Stage
 
 
 def shared_names(hybrid: nn.Module, teacher: nn.Module | None) -> set[str]:
-    """Names of the hybrid's parameters that are, by identity, parameters of the teacher."""
+    """Names of the hybrid's parameters that are, by identity, parameters of the teacher.
+
+    Args:
+        hybrid: what `rewrite(teacher, plan)` gave.
+        teacher: the model it was cut from; None shares nothing.
+
+    Example: see `unshare`.
+    """
     owned = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
     return {name for name, parameter in hybrid.named_parameters() if id(parameter) in owned}
 
@@ -30,7 +37,13 @@ def region_names(hybrid: nn.Module) -> set[str]:
 
 
 def addition_names(hybrid: nn.Module) -> set[str]:
-    """Names of what the surgery put under the regions' `hydra`: what `align` trains unless told otherwise."""
+    """Names of what the surgery put under the regions' `hydra`: what `align` trains unless told otherwise.
+
+    Args:
+        hybrid: what `rewrite(teacher, plan)` gave.
+
+    Example: see `unshare`.
+    """
     added = {id(parameter) for region in region_modules(hybrid).values() for parameter in region.hydra.parameters()}
     return {name for name, parameter in hybrid.named_parameters() if id(parameter) in added}
 
@@ -99,11 +112,26 @@ def unshare(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
 
     Parameters tied to each other stay tied: one copy takes the place of one original wherever it occurs.
 
+    Args:
+        hybrid: what `rewrite(teacher, plan)` gave.
+        teacher: the model it was cut from; it keeps its parameters.
+
     Returns:
         The names of the parameters that were shared.
 
     Raises:
         PlanError: a module is part of both models, so that no copy could belong to the hybrid only.
+
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> names = {name for name, _ in hybrid.named_parameters()}
+        >>> shared_names(hybrid, teacher) == names - addition_names(hybrid)
+        True
+        >>> unshare(hybrid, teacher) == names - addition_names(hybrid), shared_names(hybrid, teacher)
+        (True, set())
     """
     names = shared_names(hybrid, teacher)
     originals = {id(parameter): parameter for parameter in teacher.parameters()}

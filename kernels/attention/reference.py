@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Scores held at once, over batch and heads. Backward: 4 MB of fp32 stay in a CPU's cache, an accelerator wants larger products.
-# Eager forward: high enough that whatever transformers itself could run is one block, for a block may round otherwise.
+# Eager forward: high enough that whatever transformers itself could run is one block, for a block may round differently.
 BACKWARD_SCORES_CPU = 1 << 20
 BACKWARD_SCORES = 1 << 25
 EAGER_SCORES = 1 << 28

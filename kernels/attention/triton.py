@@ -1,8 +1,8 @@
 """Softmax attention of one query over a cache, in Triton: any mask, window, softcap and sinks, grouped heads read once.
 
-PyTorch's fused kernels give a query with a mask one program a head, which then walks all keys alone. Here the keys are cut into
+PyTorch's fused kernels give a query with a mask one program a head, which then walks all keys by itself. Here the keys are cut into
 parts, enough to fill the card; each part leaves its outputs, the largest score and the sum of weights, and a second kernel joins
-them in order. A block of keys that nobody may see is not read, so an empty static cache costs its mask alone.
+them in order. A block of keys that nobody may see is not read, so an empty static cache costs only its mask.
 """
 
 from __future__ import annotations

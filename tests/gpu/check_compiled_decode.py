@@ -72,7 +72,7 @@ class Case:
 
 
 def decode_cases(ablate: bool) -> list[Case]:
-    """Eager, Inductor without our passes, ours; with `ablate` also ours with each graph rewrite alone, and one pass at a time."""
+    """Eager, Inductor without our passes, ours; with `ablate` also ours with only one of the graph rewrites each time."""
     few = [
         Case("eager"),
         Case("inductor, no passes, graphs", "plain", "inductor", GRAPHS),
@@ -92,7 +92,7 @@ def decode_cases(ablate: bool) -> list[Case]:
 
 
 def training_cases(ablate: bool) -> list[Case]:
-    """The same for a training step, which no CUDA graph is asked for."""
+    """The same for a training step, without CUDA graphs."""
     few = [
         Case("eager", "plain"),
         Case("inductor, no passes", "plain", "inductor"),
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens that are timed")
     parser.add_argument("--train-steps", type=int, default=5)
     parser.add_argument("--layers", type=int, default=None, help="fewer compile faster")
-    parser.add_argument("--ablate", action="store_true", help="each graph rewrite alone, and the teacher")
+    parser.add_argument("--ablate", action="store_true", help="each graph rewrite by itself, and the teacher")
     parser.add_argument("--only", nargs="*", default=[], help="the cases to run, by name")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which no case begins")
     args = parser.parse_args()

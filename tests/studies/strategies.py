@@ -40,7 +40,7 @@ def plans(scores, regions, ratio: str, tie: float) -> dict[str, list[Plan]]:
     }
     for number, layer in enumerate(full.layers):
         if layer.num_heads == made["global"][0].num_full:
-            made[f"layer {number} alone"] = [only(full, number)]
+            made[f"only layer {number}"] = [only(full, number)]
     return {**made, "all linear": [plan_heads(regions, strategy="all-linear")]}
 
 
