@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from hydrasurgery.late import when_imported
@@ -59,10 +60,10 @@ __all__ = [*PLACES, "ops"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("hydrasurgery.ops")
     if name not in PLACES:
-        raise AttributeError(f"module 'hydrasurgery' has no attribute {name!r}")
+        if importlib.util.find_spec(f"hydrasurgery.{name}") is None:
+            raise AttributeError(f"module 'hydrasurgery' has no attribute {name!r}")
+        return importlib.import_module(f"hydrasurgery.{name}")
     value = globals()[name] = getattr(importlib.import_module(f"hydrasurgery.{PLACES[name]}"), name)
     return value
 

@@ -1,8 +1,9 @@
-"""What waits until another package is imported, so that importing this one loads no more than is used."""
+"""What waits until another package is imported: so that importing this one loads no more than is used."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -11,7 +12,13 @@ from typing import Any
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call `action` once, as soon as the module `name` is imported: now, if it is already.
+    """Call `action` once, as soon as the module `name` has been imported.
+
+    An action that fails does not make that import fail: it is told as a RuntimeWarning.
+
+    Args:
+        name: the module's full name. If it is imported already, `action` is called now.
+        action: what is to be done.
 
     Example:
         >>> when_imported("math", lambda: print("math is there"))
@@ -24,26 +31,36 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Stands first among the finders until its module is asked for, and finds it as the others do."""
+    """Stands among the finders and finds its module as the others do, with an action after it."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self.name, self.action = name, action
+        self.name, self.action, self.done = name, action, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.done:
             return None
-        sys.meta_path.remove(self)
-        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path)
-        spec = next((spec for spec in found if spec is not None), None)
+        others = [finder for finder in sys.meta_path if not isinstance(finder, _Watch)]
+        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module
 
             def execute_and_act(module: ModuleType) -> None:
                 execute(module)
-                self.action()
+                self.act()
 
             loader.exec_module = execute_and_act
         return spec
+
+    def act(self) -> None:
+        if self.done:
+            return
+        self.done = True
+        try:
+            self.action()
+        except Exception as error:
+            warnings.warn(
+                f"after the import of {self.name}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+            )

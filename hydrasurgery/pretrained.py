@@ -15,8 +15,9 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hydrasurgery.errors import CheckpointError, HydraError, UnsupportedModelError
-from hydrasurgery.ir.stitch import region_modules
+from hydrasurgery.errors import CheckpointError, HydraError, PipelineError, UnsupportedModelError
+from hydrasurgery.ir.stitch import region_modules, regions
+from hydrasurgery.passes import parse
 from hydrasurgery.plan import Plan
 from hydrasurgery.surgery import apply_plan
 
@@ -69,6 +70,11 @@ class HydraSurgeon(HfQuantizer):
         model.is_quantized = False  # type: ignore[assignment]  # it trains and changes dtype like any model
         return model
 
+    def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Called before anything is saved: passes that ran since the rewrite become part of the checkpoint's pipeline."""
+        record_passes(model, self.quantization_config)
+        return super().get_state_dict_and_metadata(model, *args, **kwargs)
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
@@ -78,6 +84,33 @@ class HydraSurgeon(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def record_passes(model: nn.Module, surgery: Any) -> None:
+    """Add the passes that ran over a hybrid's regions since the rewrite to the pipeline of its config.
+
+    Raises:
+        CheckpointError: they did not run over all regions, or loading would not know one of them.
+    """
+    found = regions(model)
+    later = {region.later: region.name for region in found}
+    if not any(later):
+        return
+    if len(later) > 1:
+        raise CheckpointError(
+            f"{', '.join(later.values())}: passes ran over some regions only ({'; '.join(map(','.join, later))}), which a "
+            "checkpoint cannot repeat; run them over hydrasurgery.regions(hybrid), or save with pickle"
+        )
+    (steps,) = later
+    try:
+        parse(",".join(steps))
+    except PipelineError as error:
+        raise CheckpointError(
+            f"{type(model).__name__}: a pass that ran on it cannot be run at loading: {error}"
+        ) from error
+    surgery.pipeline = ",".join((surgery.pipeline, *steps))
+    for region in found:
+        region.later = ()
 
 
 def mark(hybrid: Any, plan: Plan, pipeline: str) -> None:

@@ -61,6 +61,8 @@ def apply_plan(
     passes = parse(pipeline)
     regions = run_pipeline(regions, passes, dump=dump)
     _check_rotary(model, regions, passes)
+    for region in regions:
+        region.later = ()  # a checkpoint has the whole pipeline
     stitch(model, regions)
     return regions
 

@@ -106,6 +106,9 @@ def register(cls: type[Pass]) -> type[Pass]:
     Returns:
         The class itself.
 
+    Raises:
+        PipelineError: an option has a type that text cannot give: none of bool, int, float, str and `Literal[...]`.
+
     Example:
         >>> from hydrasurgery.passes import parse
         >>> @register
@@ -118,6 +121,9 @@ def register(cls: type[Pass]) -> type[Pass]:
         (Nothing(),)
         >>> del REGISTRY["nothing"]  # and forget it again
     """
+    for option, kind in option_types(cls).items():
+        if kind not in (bool, int, float, str) and get_origin(kind) is not Literal:
+            raise PipelineError(f"pass {cls.name!r}: option {option} is a {kind}, which a pipeline string cannot give")
     REGISTRY[cls.name] = cls
     return cls
 
@@ -143,6 +149,8 @@ def read_option(cls: type[Pass], option: str, text: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if kind in (int, float):
             return kind(text)
+        if get_origin(kind) is Literal:
+            return {str(choice): choice for choice in get_args(kind)}[text]
     except (KeyError, ValueError):
         raise PipelineError(f"pass {cls.name!r}: option {option}={text} is not {describe(kind)}") from None
     return text

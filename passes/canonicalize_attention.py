@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.dialect.names import ATTENTION, LINEAR_ATTENTION
 from hydrasurgery.ir.raising import raise_attention
 from hydrasurgery.ir.region import Region
 from hydrasurgery.passes.base import Pass, PassResult, register
@@ -23,5 +23,5 @@ class CanonicalizeAttention(Pass):
         return PassResult(region, modified)
 
     def ensures(self, region: Region) -> None:
-        count = len(region.find(ATTENTION))
-        self.promise(region, count == 1, f"{count} attention nodes where one was expected")
+        count, wanted = len(region.find(ATTENTION)), int(bool(region.full_heads) or not region.find(LINEAR_ATTENTION))
+        self.promise(region, count == wanted, f"{count} attention nodes where {wanted} was expected")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.dialect.names import ATTENTION, LINEAR_ATTENTION
 from hydrasurgery.ir.graphs import ancestors, arguments, remove_unused
 from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import TURNS, rotate
@@ -48,7 +48,8 @@ class CanonicalizeRotary(Pass):
     name: ClassVar[str] = "canonicalize-rotary"
 
     def requires(self, region: Region) -> None:
-        self.need(region, bool(region.find(ATTENTION)), "run canonicalize-attention first: no attention node is there")
+        there = region.find(ATTENTION) or region.find(LINEAR_ATTENTION)
+        self.need(region, bool(there), "run canonicalize-attention first: no attention node is there")
 
     def run(self, region: Region) -> PassResult:
         graph = region.graph

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from hydrasurgery.dialect.names import CAUSAL_CONV, FUSION, LINEAR_ATTENTION
 from hydrasurgery.ir.graphs import arguments, remove_unused
 from hydrasurgery.ir.region import STATE, Region
 from hydrasurgery.ir.state import step_linear, write_state
-from hydrasurgery.layers import merge_heads, to_tokens
+from hydrasurgery.layers import BetaGate, DecayGate, OutputGate, l2_norm, merge_heads, to_heads, to_tokens
 from hydrasurgery.passes.base import Pass, PassResult, register
+
+Gates = tuple[fx.Node, fx.Node, fx.Node | None]
+Branch = tuple[fx.Node, fx.Node | None]  # heads [B, H, T, D], and the weight of their convolution if there is one
 
 
 @register
@@ -21,10 +26,9 @@ from hydrasurgery.passes.base import Pass, PassResult, register
 class FuseDecode(Pass):
     """Gives the region a second graph, `decode`, in which all that follows the projections of a linear head is one node.
 
-    That is: gates, convolution, L2 norm, recurrence, RMS norm, gamma and output gate.
-
-    The region's own graph stays as it is: prefill, training and tracing run it. The operator is for rule gated_delta, full heads
-    that pass unchanged and no native convolution; other regions keep one graph.
+    That is: gates, convolution, L2 norm, recurrence, RMS norm, gamma and output gate. The region's own graph stays as it is:
+    prefill, training and tracing run it. Where the linear branch is anything but what linearize-heads and fuse-heads make of rule
+    gated_delta with full heads passed through and no native convolution, the region keeps one graph.
     """
 
     name: ClassVar[str] = "fuse-decode"
@@ -33,23 +37,21 @@ class FuseDecode(Pass):
         self.need(region, region.threaded, "run thread-state first: the graph has no state input")
 
     def run(self, region: Region) -> PassResult:
-        fused, given = region.find(FUSION), region.options
-        plain = given.get("rule") == "gated_delta" and given.get("conv") != "native"
-        if not (fused and plain and region.linear_heads) or fused[0].kwargs["norm_full"]:
-            return PassResult(region, False)
         graph = copy.deepcopy(region.graph)
-        fusion = graph.find_nodes(op="call_function", target=FUSION)[0]
-        recurrence = graph.find_nodes(op="call_function", target=LINEAR_ATTENTION)[0]
-        full, _, gamma, gate = arguments(fusion)
-        decay, beta = arguments(recurrence)[3:5]
+        found = _match(region.module, graph)
+        if found is None:
+            return PassResult(region, False)
+        fusion, recurrence, gates, branches = found
+        full, _, gamma, _ = arguments(fusion)
+        decay = gates[0]
         hidden, *flags = arguments(decay)
         state = next(n for n in graph.nodes if n.op == "placeholder" and n.target == STATE)
-        inputs, weights = zip(*map(_before, arguments(recurrence)[:3]), strict=True)
+        inputs, weights = zip(*branches, strict=True)
         with graph.inserting_before(fusion):
             # The operator takes the gates as their projections leave them.
             raw = [
-                None if node is None else graph.call_module(f"{node.target}.{name}", (hidden,))
-                for node, name in ((decay, "a_proj"), (beta, "b_proj"), (gate, "g_proj"))
+                None if gate is None else graph.call_module(f"{gate.target}.{name}", (hidden,))
+                for gate, name in zip(gates, ("a_proj", "b_proj", "g_proj"), strict=True)
             ]
             rates = [graph.get_attr(f"{decay.target}.{name}") for name in ("A_log", "dt_bias")]
             options = {"scale": recurrence.kwargs.get("scale"), "eps": fusion.kwargs.get("eps", 1e-6)}
@@ -73,9 +75,60 @@ class FuseDecode(Pass):
             self.promise(region, not left, "the decode graph still holds what decode_step does")
 
 
-def _before(x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The heads [B, H, T, D] that x was made of by convolution and norm, and the convolution's weight if there is one."""
-    while x.target is not to_tokens:
-        x = x.all_input_nodes[0]
-    conv = next((user for user in x.users if user.target is CAUSAL_CONV), None)
-    return x.all_input_nodes[0], None if conv is None else arguments(conv)[1]
+def _match(module: nn.Module, graph: fx.Graph) -> tuple[fx.Node, fx.Node, Gates, list[Branch]] | None:
+    """(fusion, recurrence, gates, q, k and v) of the linear branch, if it is node for node what the operator computes."""
+    fusions, recurrences = (graph.find_nodes(op="call_function", target=op) for op in (FUSION, LINEAR_ATTENTION))
+    if len(fusions) != 1 or len(recurrences) != 1:
+        return None
+    (fusion,), (recurrence,) = fusions, recurrences
+    _, linear, _, gate = arguments(fusion)
+    q, k, v, decay, beta, _ = arguments(recurrence)
+    if recurrence.kwargs["rule"] != "gated_delta" or fusion.kwargs["norm_full"]:
+        return None
+    if not _is(linear, operator.getitem, recurrence, 0) or len(linear.users) != 1 or not _only_read(recurrence):
+        return None
+    for node, kind in ((decay, DecayGate), (beta, BetaGate), (gate, OutputGate)):
+        if node is not None and (node.op != "call_module" or type(module.get_submodule(str(node.target))) is not kind):
+            return None
+    hidden, valid, reset = arguments(decay)
+    if arguments(beta) != (hidden, valid) or (gate is not None and arguments(gate) != (hidden,)):
+        return None
+    normed = [n for n in (q, k) if n.target is l2_norm and len(n.args) == 1 and len(n.users) == 1]
+    if len(normed) != 2:
+        return None
+    heads = (*(arguments(n)[0] for n in normed), v)
+    branches = [branch for node in heads if (branch := _branch(node, valid, reset)) is not None]
+    return (fusion, recurrence, (decay, beta, gate), branches) if len(branches) == 3 else None
+
+
+def _branch(node: fx.Node, valid: fx.Node, reset: fx.Node) -> Branch | None:
+    """What `to_heads(x)` is made of, x = to_tokens(heads, valid) or (x + conv(x)) * valid of that."""
+    if node.target is not to_heads or len(node.users) != 1:
+        return None
+    tokens, weight = arguments(node)[0], None
+    if tokens.target is operator.mul:
+        total, mask = arguments(tokens)
+        if not _is(mask, torch.ops.aten.unsqueeze.default, valid, -1) or total.target is not operator.add:
+            return None
+        plain, mixed = arguments(total)
+        conv = arguments(mixed)[0]
+        if not _is(mixed, operator.getitem, conv, 0) or conv.target is not CAUSAL_CONV or not _only_read(conv):
+            return None
+        if arguments(conv)[0] is not plain or arguments(conv)[3] is not reset:
+            return None
+        if any(len(n.users) != 1 for n in (tokens, total, mixed)) or set(plain.users) != {total, conv}:
+            return None
+        tokens, weight = plain, arguments(conv)[1]
+    return (arguments(tokens)[0], weight) if tokens.target is to_tokens and arguments(tokens)[1] is valid else None
+
+
+def _is(node: Any, target: Any, *args: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is target and node.args == args
+
+
+def _only_read(node: fx.Node) -> bool:
+    """Whether of (result, state) the result is taken once, and the state is taken to be written and for nothing else."""
+    parts = [arguments(user)[1] for user in node.users if user.target is operator.getitem]
+    states = [user for user in node.users if user.target is operator.getitem and arguments(user)[1] == 1]
+    written = all(reader.target is write_state for state in states for reader in state.users)
+    return sorted(parts) == [0, 1] and len(node.users) == 2 and written

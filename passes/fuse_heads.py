@@ -45,7 +45,7 @@ class FuseHeads(Pass):
             made or not region.linear_heads,
             "run split-heads and linearize-heads first: no linear heads are there",
         )
-        self.need(region, not region.find(FUSION), "the heads are fused already")
+        self.need(region, "full_norm" not in region.options, "the heads are fused already")
 
     def run(self, region: Region) -> PassResult:
         region.options["full_norm"] = self.full_norm

@@ -39,6 +39,7 @@ class LinearizeHeads(Pass):
         self.need(region, self.conv >= 0, f"conv is {self.conv}: give the taps of the convolution, or 0 for none")
         late = self.conv and self.conv_kind == "native"
         self.need(region, not late or "rotary" in region.options, "run canonicalize-rotary first: conv_kind is native")
+        self.need(region, not region.threaded, "run it before thread-state: the graph has a cache")
         kinds = {n.meta.get("kind") for n in region.find(ATTENTION)}
         self.need(region, None not in kinds, "run split-heads first: attention nodes have no kind")
 

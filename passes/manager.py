@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import fx
+
 from hydrasurgery.errors import HydraError, PassError
 from hydrasurgery.files import atomic_write_text
 from hydrasurgery.ir.region import Region
-from hydrasurgery.ir.text import format_graph
+from hydrasurgery.ir.text import MEANING, format_graph
 from hydrasurgery.passes.base import Pass
 from hydrasurgery.passes.numerics import compare, run_random
 from hydrasurgery.passes.pipeline import parse
@@ -54,47 +56,59 @@ def run_pipeline(
     """
     given = list(regions)
     todo = parse(passes) if isinstance(passes, str) else tuple(passes)
-    shapes = ShapeInference()
-    drafts = [_run(region.draft(), todo, shapes, dump, tolerance) for region in given]
+    shapes, drafts, changing = ShapeInference(), list[Region](), set[int]()
+    for region in given:
+        draft = region.draft()
+        changing |= _run(draft, todo, shapes, dump, tolerance)
+        draft.recompile()
+        drafts.append(draft)
     for region, draft in zip(given, drafts, strict=True):
+        draft.later += tuple(str(step) for number, step in enumerate(todo) if number in changing)
         region.adopt(draft)
     return given
 
 
 def _run(
     region: Region, todo: tuple[Pass, ...], shapes: ShapeInference, dump: str | Path | None, tolerance: float | None
-) -> Region:
+) -> set[int]:
+    """Run passes on a draft; returns which of them changed it, by their places."""
+    changing = set()
     with _blamed("infer-shapes", region):
         shapes.infer(region)
-    _dump(dump, region, 0, "given")
-    for number, step in enumerate(todo, start=1):
-        _apply(step, region, shapes, tolerance)
-        _dump(dump, region, number, step.name)
+        _dump(dump, region, 0, "given")
+    for number, step in enumerate(todo):
+        with _blamed(step.name, region):
+            if _apply(step, region, shapes, tolerance):
+                changing.add(number)
+            _dump(dump, region, number + 1, step.name)
     if region.decoded_by and region.decode is None:
-        (maker,) = parse(region.decoded_by)
-        _apply(maker, region, shapes, tolerance)
+        with _blamed(region.decoded_by, region):
+            (maker,) = parse(region.decoded_by)
+            _apply(maker, region, shapes, tolerance)
     shapes.forget(region)
-    return region
+    return changing
 
 
-def _apply(step: Pass, region: Region, shapes: ShapeInference, tolerance: float | None) -> None:
-    """Run one pass on a draft, and check what it promised."""
-    with _blamed(step.name, region):
-        step.requires(region)
-        facts, before = Facts.of(region), _Fingerprint.of(region)
-        output = None if tolerance is None or not step.exact else run_random(region)
-        claimed = step.run(region).modified
-        now = _Fingerprint.of(region)
-        if now != before and not claimed:
-            raise ValueError("the pass says that it changed nothing, and it changed the region")
-        if claimed:
-            if now.graph != before.graph and now.decode == before.decode:
-                region.decode = None  # it was made of the older graph
-            shapes.infer(region)
-            verify(region, step, facts)
-        step.ensures(region)
-        if output is not None and tolerance is not None and now != before:
-            compare(output, run_random(region), tolerance)
+def _apply(step: Pass, region: Region, shapes: ShapeInference, tolerance: float | None) -> bool:
+    """Run one pass on a draft, and check what it promised; says whether it changed anything."""
+    step.requires(region)
+    facts, before = Facts.of(region), _Fingerprint.of(region)
+    output = None if tolerance is None or not step.exact else run_random(region)
+    result = step.run(region)
+    if result.region is not region:
+        raise ValueError("the pass returned another region than the one that it was given: change that one in place")
+    now = _Fingerprint.of(region)
+    changed = now != before
+    if changed and not result.modified:
+        raise ValueError("the pass says that it changed nothing, and it changed the region")
+    if now.graph != before.graph and now.decode == before.decode:
+        region.decode = None  # it was made of the older graph
+    shapes.infer(region)
+    verify(region, step, facts)
+    step.ensures(region)
+    if output is not None and tolerance is not None and changed:
+        compare(output, run_random(region), tolerance)
+    return changed
 
 
 @contextlib.contextmanager
@@ -110,19 +124,32 @@ def _blamed(step: str, region: Region) -> Iterator[None]:
 
 
 class _Fingerprint(NamedTuple):
-    """What a pass may change, as far as two states of a region can be told apart by it."""
+    """What a pass may change: the graphs, what they call, and what the region and its modules hold."""
 
-    graph: tuple[str, ...]
-    decode: tuple[str, ...]
-    facts: tuple[Any, ...]
-    parameters: tuple[tuple[str, int], ...]
+    graph: list[Any]
+    decode: list[Any]
+    facts: dict[str, Any]
+    tensors: tuple[tuple[str, int], ...]
 
     @classmethod
     def of(cls, region: Region) -> _Fingerprint:
-        facts = (region.kinds, region.teacher_heads, region.decoded_by, tuple(region.options.items()))
-        parameters = tuple((name, id(p)) for name, p in region.module.named_parameters(remove_duplicate=False))
-        decode = () if region.decode is None else tuple(format_graph(region.decode))
-        return cls(tuple(format_graph(region.graph)), decode, facts, parameters)
+        facts = {
+            key: value for key, value in vars(region).items() if key not in ("module", "_graph", "_decode", "_decoded")
+        }
+        module = region.module
+        tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        return cls(
+            _meaning(region.graph),
+            _meaning(region.decode),
+            {**facts, "options": dict(region.options)},
+            tuple((name, id(tensor)) for name, tensor in tensors),
+        )
+
+
+def _meaning(graph: fx.Graph | None) -> list[Any]:
+    if graph is None:
+        return []
+    return [*format_graph(graph, notes=MEANING), *(node.target for node in graph.nodes)]
 
 
 def _dump(folder: str | Path | None, region: Region, number: int, name: str) -> None:

@@ -24,19 +24,23 @@ def run_random(region: Region, seed: int = 0) -> Tensor:
 
 
 def _random(region: Region, shape: list[int], node: fx.Node, generator: torch.Generator) -> Tensor:
-    if is_mask(node):
+    dtype = input_dtype(region, node)
+    if dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool, device=region.device).tril()
-    return torch.randn(shape, generator=generator).to(region.device, region.dtype)
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype, device=region.device)
+    return torch.randn(shape, generator=generator).to(region.device, dtype)
 
 
-def is_mask(node: fx.Node) -> bool:
-    """Whether an input is an attention mask [B, 1, T, S]: bool, in the regions that are captured."""
-    return len(node.meta.get("shape") or ()) == 4 and "mask" in node.name
+def input_dtype(region: Region, node: fx.Node) -> torch.dtype:
+    """An input's dtype: what capture noted of it if that is no float's, and the region's for all others."""
+    noted: torch.dtype = getattr(torch, node.meta.get("dtype", ""), region.dtype)
+    return noted
 
 
 def compare(before: Tensor, after: Tensor, tolerance: float) -> None:
     """Raise ValueError if `after` differs from `before` by more than `tolerance` of the largest number."""
-    error = ((after - before).abs().max() / before.abs().max()).item()
+    error = ((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny)).item()
     if not error <= tolerance:
         raise ValueError(
             f"the pass changed the region's outputs by {error:.2g} of the largest; {tolerance:.2g} is allowed"

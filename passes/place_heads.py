@@ -36,6 +36,7 @@ class PlaceHeads(Pass):
     def requires(self, region: Region) -> None:
         drops = not (self.full_rope and self.linear_rope)
         self.need(region, not drops or "rotary" in region.options, "run canonicalize-rotary first")
+        self.need(region, not region.threaded, "run it before thread-state: the graph has a cache")
         kinds = {n.meta.get("kind") for n in region.find(ATTENTION)}
         self.need(region, None not in kinds, "run split-heads first: attention nodes have no kind")
 

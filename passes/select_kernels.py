@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -36,12 +36,10 @@ class SelectKernels(Pass):
     name: ClassVar[str] = "select-kernels"
     device: str = ""
     dtype: str = ""
-    mode: str = FORWARD
+    mode: Literal["forward", "backward", "decode"] = "forward"
     masked: bool = False
 
     def requires(self, region: Region) -> None:
-        modes = (FORWARD, BACKWARD, DECODE)
-        self.need(region, self.mode in modes, f"mode is {self.mode!r}, not one of {', '.join(modes)}")
         known = isinstance(getattr(torch, self.dtype or "float32", None), torch.dtype)
         self.need(region, known, f"dtype is {self.dtype!r}, which torch does not have")
 
@@ -54,7 +52,7 @@ class SelectKernels(Pass):
             mode = self.mode if self.mode in IMPLEMENTATIONS[op][0].modes or self.mode == BACKWARD else FORWARD
             case = Case(mode, dtype, self._sizes(region), frozenset(self._features(region, node)))
             node.meta["kernel"] = choose(op, case, machine).implementation.name
-        return PassResult(region, True)
+        return PassResult(region, False)
 
     def ensures(self, region: Region) -> None:
         left = [n.name for n in _operators(region) if "kernel" not in n.meta]

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from hydrasurgery.ir.region import Region
-from hydrasurgery.passes.numerics import is_mask
+from hydrasurgery.passes.numerics import input_dtype
 
 SYMBOLS = {
     "B": (5, "batch size"),
@@ -92,7 +92,7 @@ class ShapeInference:
         target: Any = node.target
         if node.op == "call_module":
             module = region.module.get_submodule(target)
-            return self._once((*_of_module(module), self._key((args, kwargs))), lambda: module(*args, **kwargs))
+            return self._once((*_of_module(module), self._key((args, kwargs))), lambda: module.forward(*args, **kwargs))
         if node.op == "call_method":
             return self._once(
                 (target, self._key((args, kwargs))), lambda: getattr(args[0], target)(*args[1:], **kwargs)
@@ -103,7 +103,7 @@ class ShapeInference:
         shape = node.meta.get("shape")
         if shape is None:
             return None  # a cache layer that is not there
-        dtype = torch.bool if is_mask(node) else region.dtype
+        dtype = input_dtype(region, node)
         sizes = [self._sizes.get(size, size) for size in shape]
         key = ("input", shape, dtype, region.device)
         return self._once(key, lambda: torch.empty(sizes, dtype=dtype, device=region.device))
@@ -123,6 +123,8 @@ class ShapeInference:
             if id(leaf) not in self._keys:  # values live as long as this does, so ids stay theirs
                 self._keys[id(leaf)] = ("tensor", _of_tensor(leaf))
             return self._keys[id(leaf)]
+        if isinstance(leaf, slice):
+            return "slice", tuple(map(self._of_leaf, (leaf.start, leaf.stop, leaf.step)))
         return ("size", str(leaf)) if isinstance(leaf, torch.SymInt) else (type(leaf), leaf)
 
     def _name(self, size: Any) -> str | int:
@@ -150,5 +152,6 @@ def _of_module(module: nn.Module) -> Any:
 
 
 def _simple(module: nn.Module) -> Any:
-    """The numbers and words among a module's attributes: what its shapes may depend on."""
-    return tuple((key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str, NoneType)))
+    """The numbers, words and types among a module's attributes: what its shapes may depend on."""
+    plain = (int, float, str, NoneType, tuple, list, torch.dtype)
+    return tuple((key, repr(value)) for key, value in vars(module).items() if isinstance(value, plain))

@@ -23,9 +23,9 @@ class SplitHeads(Pass):
     name: ClassVar[str] = "split-heads"
 
     def requires(self, region: Region) -> None:
-        self.need(
-            region, len(region.find(ATTENTION)) == 1, "run canonicalize-attention first: one attention node is needed"
-        )
+        nodes = region.find(ATTENTION)
+        self.need(region, len(nodes) == 1, "run canonicalize-attention first: one attention node is needed")
+        self.need(region, "kind" not in nodes[0].meta, "the heads are split already")
 
     def run(self, region: Region) -> PassResult:
         graph, node = region.graph, region.find(ATTENTION)[0]

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from hydrasurgery.dialect.names import KINDS
 from hydrasurgery.ir.graphs import arguments
 from hydrasurgery.ir.region import Region
-from hydrasurgery.ir.state import write_state
+from hydrasurgery.ir.state import count_tokens, extend_kv, read_state, write_state
 from hydrasurgery.passes.base import Pass
 
 
@@ -56,10 +55,18 @@ def verify(region: Region, step: Pass, before: Facts) -> None:
     before. Recurrent states are fp32 (fp64 in a model of fp64).
     """
     region.graph.lint()
-    _check_heads(region)
-    _check_names(region)
+    if (problem := region.wrong_heads()) is not None:
+        raise ValueError(problem)
+    for graph in (region.graph, region.decode):
+        if graph is not None:
+            _check_names(region, graph)
     _check_parameters(region, step, before)
-    for number, (old, new) in enumerate(zip(before.outputs, map(_of_output, _outputs(region)), strict=True)):
+    if region.threaded:
+        _check_states(region)
+    outputs = _outputs(region)
+    if len(outputs) != len(before.outputs):
+        raise ValueError(f"the graph returned {len(before.outputs)} values and returns {len(outputs)}")
+    for number, (old, new) in enumerate(zip(before.outputs, map(_of_output, outputs), strict=True)):
         if old != new:
             raise ValueError(f"output {number} was {_words(old)} and is {_words(new)}")
     for node in region.find(write_state):
@@ -69,15 +76,8 @@ def verify(region: Region, step: Pass, before: Facts) -> None:
             raise ValueError(f"%{state.name} is a recurrent state of {value.dtype}, not of float32")
 
 
-def _check_heads(region: Region) -> None:
-    if len(region.kinds) != region.num_heads or set(region.kinds) - set(KINDS):
-        raise ValueError(f"kinds {region.kinds} do not name one kind for each of {region.num_heads} heads")
-    if sorted(region.teacher_heads) != list(range(region.num_heads)):
-        raise ValueError(f"teacher_heads {region.teacher_heads} do not name each of {region.num_heads} heads once")
-
-
-def _check_names(region: Region) -> None:
-    for node in region.graph.nodes:
+def _check_names(region: Region, graph: fx.Graph) -> None:
+    for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             part: Any = region.module
             for step in str(node.target).split("."):
@@ -103,6 +103,23 @@ def _check_parameters(region: Region, step: Pass, before: Facts) -> None:
     for name, parameter in region.module.named_parameters():
         if before.versions.get(id(parameter), parameter._version) != parameter._version:
             raise ValueError(f"{name} was written in place; put a new parameter into its place instead")
+
+
+def _check_states(region: Region) -> None:
+    """Tokens enter the cache once, and what has a state reads and writes it."""
+    tells = [node.name for node in region.graph.nodes if node.target in (extend_kv, count_tokens)]
+    if len(tells) != 1:
+        raise ValueError(f"the cache is told {len(tells)} times what tokens there are ({', '.join(tells)}), not once")
+    written = [arguments(node)[1] for node in region.find(write_state)]
+    for node in region.graph.nodes:
+        name = node.meta.get("state")
+        if name is None:
+            continue
+        reads = any(n.target is read_state and n.args[1] == name for n in node.all_input_nodes)
+        if not reads or written.count(name) != 1:
+            raise ValueError(
+                f"%{node.name} does not read and write its state {name!r}: run the pass before thread-state"
+            )
 
 
 def _outputs(region: Region) -> list[Any]:

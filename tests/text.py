@@ -28,7 +28,7 @@ region attn: 4 heads (2 linear), 2 KV heads of 8
   %x: [B, T, 32] = input x {role=hidden-states}
   %cos: [1, 1, T, 8] = input cos
   %sin: [1, 1, T, 8] = input sin
-  %mask: [B, 1, T, T] = input mask
+  %mask: [B, 1, T, T] = input mask {dtype=bool}
   %q_proj: [B, T, 32] = self.q_proj(%x)
   %q_heads: [B, T, 4, 8] = aten::unflatten.int(%q_proj, 2, [4, 8])
   %q: [B, 4, T, 8] = aten::transpose.int(%q_heads, 1, 2)

@@ -183,15 +183,20 @@ def _plain_call(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _shape_key(owner: nn.Module, kwargs: dict[str, Any]) -> Any:
-    """Two modules of one key have the same graph."""
-    simple = {
-        k: v for k, v in vars(owner).items() if isinstance(v, (bool, int, float, str, type(None))) and k != "layer_idx"
-    }
-    if simple.get("scale_attn_by_inverse_layer_idx"):
-        simple["layer_idx"] = owner.__dict__["layer_idx"]
-    shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in owner.named_parameters())
+    """Two modules of one key have the same graph: the same classes, settings, shapes and arguments."""
+    by_layer = getattr(owner, "scale_attn_by_inverse_layer_idx", False)
+    modules = tuple((name, type(module), _settings(module, by_layer)) for name, module in owner.named_modules())
+    tensors = (*owner.named_parameters(), *owner.named_buffers())
+    shapes = tuple((n, tuple(t.shape), t.dtype) for n, t in tensors)
     call = tuple((k, v is None) for k, v in kwargs.items())
-    return type(owner), tuple(sorted(simple.items(), key=str)), shapes, call
+    return modules, shapes, call
+
+
+def _settings(module: nn.Module, by_layer: bool) -> tuple[tuple[str, str], ...]:
+    """A module's attributes that are plain values, which its graph may hold as constants."""
+    plain = (bool, int, float, str, type(None), tuple, list, torch.dtype)
+    left_out = () if by_layer else ("layer_idx",)
+    return tuple((k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain) and k not in left_out)
 
 
 class _OneArgument(nn.Module):

@@ -11,6 +11,8 @@ from hydrasurgery import ops
 from hydrasurgery.ir.region import Region
 from hydrasurgery.ir.state import TELLS
 
+FLAGS = ("valid", "reset")
+
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
     """The node's arguments, whose type fx leaves open to all that a graph may hold."""
@@ -41,7 +43,11 @@ def token_flags(region: Region, mask: fx.Node | None) -> tuple[fx.Node, fx.Node]
         before = [n for n in order if n.op == "placeholder" or n is mask][-1]
         with graph.inserting_before(before.next):
             flags = graph.call_function(ops.token_flags, (mask, region.source))
-            for place, name in enumerate(("valid", "reset")):
+            for place, name in enumerate(FLAGS):
                 graph.create_node("call_function", operator.getitem, (flags, place), None, name)
-    valid, reset = region.find(ops.token_flags)[0].users
-    return valid, reset
+    flags = region.find(ops.token_flags)[0]
+    found = {arguments(user)[1]: user for user in flags.users}
+    with graph.inserting_after(flags):
+        for place in {0, 1} - found.keys():  # removed as long as nothing read it
+            found[place] = graph.create_node("call_function", operator.getitem, (flags, place), None, FLAGS[place])
+    return found[0], found[1]

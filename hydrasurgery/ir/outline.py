@@ -47,6 +47,8 @@ def outline(owner: nn.Module, program: torch.export.ExportedProgram, kwargs: dic
                 steps = tuple(getattr(k, "key", getattr(k, "idx", 0)) for k in path)
                 new = made[node] = graph.placeholder(node.name.removeprefix("call_"))
                 new.target, new.meta["shape"] = new.name, _shape(node)
+                if not leaf.is_floating_point():
+                    new.meta["dtype"] = str(leaf.dtype).removeprefix("torch.")
                 paths.append((new.name, steps))
                 if source is None and new.meta["shape"][:-1] == ("B", "T"):
                     source = new

@@ -11,10 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hydrasurgery.dialect.names import FULL, LINEAR
+from hydrasurgery.dialect.names import FULL, KINDS, LINEAR
 from hydrasurgery.errors import RegionTextError, UnsupportedModelError
 from hydrasurgery.inference.cache import layer_state
-from hydrasurgery.ir.text import Functions, format_graph, parse_graph, read_options, show_options, unknown_functions
+from hydrasurgery.ir.text import (
+    MEANING,
+    Functions,
+    format_graph,
+    parse_graph,
+    read_options,
+    show_options,
+    unknown_functions,
+)
 
 HIDDEN = "hidden-states"  # the role of the input that everything is computed from
 KEPT = ("kept-keys", "kept-values")  # the roles of what the cache holds
@@ -55,8 +63,8 @@ class Inputs:
 class Region:
     """One attention module as a graph. It owns what its module runs: change it, and the module runs the change.
 
-    Assigning `graph` compiles it and drops the one-token graph that was made of the old one. After changes inside a graph call
-    `recompile()`, as for a `torch.fx.GraphModule`; `run_pipeline` does.
+    Assigning `graph` compiles it and drops the one-token graph that was made of another one. After changes inside a graph call
+    `recompile()`, as for a `torch.fx.GraphModule`; `run_pipeline` does, and makes the one-token graph anew.
 
     Attributes:
         name: the module's path in the model.
@@ -68,7 +76,8 @@ class Region:
         kinds: per slot, "full" or "linear".
         teacher_heads: which of the original module's heads each slot holds.
         options: what the passes were told (rule, full_norm, ...) and found (rotary), for later passes and for printing.
-        decoded_by: the pass, as in a pipeline string, that made `decode`.
+        decoded_by: the pass, as in a pipeline string, that made `decode`, or that will make it anew.
+        later: passes that changed regions since the rewrite; `save_pretrained` adds them to the checkpoint's pipeline.
 
     Example:
         >>> import hydrasurgery as hs
@@ -93,12 +102,14 @@ class Region:
     teacher_heads: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     decoded_by: str = ""
+    later: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.kinds = self.kinds or (FULL,) * self.num_heads
         self.teacher_heads = self.teacher_heads or tuple(range(self.num_heads))
         self._graph: fx.Graph = fx.Graph()
         self._decode: fx.Graph | None = None
+        self._decoded: list[str] = []
         self.module.region = self
 
     @property
@@ -108,7 +119,7 @@ class Region:
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
-        self._graph, self._decode = graph, None
+        self._graph = graph
         self.recompile()
 
     @property
@@ -118,11 +129,17 @@ class Region:
 
     @decode.setter
     def decode(self, graph: fx.Graph | None) -> None:
-        self._decode = graph
+        self._decode, self._decoded = graph, [] if graph is None else self.meaning()
         self.recompile()
 
+    def meaning(self) -> list[str]:
+        """The lines of the graph, without what only tells how it will run."""
+        return format_graph(self._graph, notes=MEANING)
+
     def recompile(self) -> None:
-        """Let the module run the graphs as they are now."""
+        """Let the module run the graphs as they are now, without a one-token graph that was made of another graph."""
+        if self._decode is not None and self._decoded != self.meaning():
+            self._decode = None
         self.module.take(self)
 
     @property
@@ -152,8 +169,9 @@ class Region:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters; the default one where there are none."""
-        return next((p.dtype for p in self.module.parameters()), torch.get_default_dtype())
+        """Of the first matrix among the parameters; of any parameter, or the default one, where there is none."""
+        parameters = sorted(self.module.parameters(), key=lambda p: p.dim() < 2)  # vectors may be kept in fp32
+        return next((p.dtype for p in parameters), torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +182,14 @@ class Region:
         """The KV head that query head `head` reads."""
         return head * self.num_key_value_heads // self.num_heads
 
+    def wrong_heads(self) -> str | None:
+        """What is wrong with `kinds` and `teacher_heads`, in words; None if nothing is."""
+        if len(self.kinds) != self.num_heads or set(self.kinds) - set(KINDS):
+            return f"kinds {self.kinds} do not name one kind for each of {self.num_heads} heads"
+        if sorted(self.teacher_heads) != list(range(self.num_heads)):
+            return f"teacher_heads {self.teacher_heads} do not name each of {self.num_heads} heads once"
+        return None
+
     def find(self, target: Any) -> list[fx.Node]:
         """Nodes of `graph` that call `target` (an operator, a function or a child's name), in order."""
         return [node for node in self.graph.nodes if node.target == target]
@@ -172,9 +198,14 @@ class Region:
         """Put `added` under `<region>.hydra.<name>`, in the region's dtype and on its device; returns its path from the module.
 
         Args:
-            name: an attribute's name; what was there before is replaced.
+            name: an attribute's name that is not taken.
             added: a module, or a parameter.
+
+        Raises:
+            ValueError: something is called so.
         """
+        if hasattr(self.module.hydra, name):
+            raise ValueError(f"hydra.{name} is there already")
         if isinstance(added, nn.Parameter):
             added = nn.Parameter(added.detach().to(device=self.device, dtype=self.dtype), added.requires_grad)
         else:
@@ -183,29 +214,32 @@ class Region:
         return f"hydra.{name}"
 
     def draft(self) -> Region:
-        """A copy to be changed: graphs and containers of its own, the same parameters. `adopt` takes what became of it."""
-        draft = copy.copy(self)
-        draft.options = dict(self.options)
-        draft._graph, draft._decode = copy.deepcopy(self._graph), copy.deepcopy(self._decode)
-        draft.module = self.module.shell()
+        """A copy to be changed: graphs and modules of its own over the same parameters. `adopt` takes what became of it."""
+        draft = self._with_copied_graphs(options=dict(self.options), module=self.module.shell())
         draft.module.region = draft
         return draft
 
     def adopt(self, draft: Region) -> None:
-        """Become what `draft` is, in place: whoever holds this region or its module holds the new one."""
+        """Become what a draft is, in place: whoever holds this region or its module holds the new one."""
         self.module.become(draft.module)
         vars(self).update({key: value for key, value in vars(draft).items() if key != "module"})
-        self.recompile()
 
-    def __copy__(self) -> Region:
+    def _with_copied_graphs(self, **changes: Any) -> Region:
         new = Region.__new__(Region)
-        vars(new).update(vars(self))
+        graphs = {"_graph": copy.deepcopy(self._graph), "_decode": copy.deepcopy(self._decode)}
+        vars(new).update({**vars(self), **graphs, **changes})
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        new = memo[id(self)] = self._with_copied_graphs(options=copy.deepcopy(self.options, memo))
+        new.module = copy.deepcopy(self.module, memo)
+        new.module.retake()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = {"_graph": self._graph, "_decode": self._decode}
         lines = {key: None if graph is None else format_graph(graph) for key, graph in graphs.items()}
-        functions = {name: f for graph in graphs.values() if graph for name, f in unknown_functions(graph).items()}
+        functions = unknown_functions(*(graph for graph in graphs.values() if graph))
         return {**vars(self), **lines, "functions": functions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,11 +262,14 @@ class Region:
             lines.append(f"  teacher_heads {self.teacher_heads}")
         if self.options:
             lines.append(f"  options {show_options(self.options)}")
+        if self.later:
+            lines.append(f"  later {','.join(self.later)}")
         cache = () if self.inputs.cache is None else (f"cache={self.inputs.cache}",)
         lines.append(f"  call {', '.join((*self.inputs.parameters, *cache))}".rstrip())
         lines += (f"  {line}" for line in format_graph(self._graph, paths))
-        if self._decode is not None:
+        if self.decoded_by:
             lines.append(f"decode by {self.decoded_by}")
+        if self._decode is not None:
             lines += (f"  {line}" for line in format_graph(self._decode, paths))
         return "\n".join(lines)
 
@@ -247,9 +284,10 @@ class Region:
 
 
 _HEAD = re.compile(
-    r"region (\S*): (\d+) heads \(\d+ linear\), (\d+) KV heads of (\d+)"
-    r"(?:, values of (\d+))?(?:, window (\d+))?(?:, softcap ([\d.e+-]+))?(, sinks)?"
+    r"region (\S*): ([1-9]\d*) heads \(\d+ linear\), ([1-9]\d*) KV heads of ([1-9]\d*)"
+    r"(?:, values of (\d+))?(?:, window (\d+))?(?:, softcap (\d+(?:\.\d+)?(?:e[+-]?\d+)?))?(, sinks)?"
 )
+HEADINGS = ("kinds", "teacher_heads", "options", "later", "call")
 
 
 def parse_region(text: str, module: nn.Module | None = None, functions: Functions | None = None) -> Region:
@@ -286,12 +324,7 @@ def parse_region(text: str, module: nn.Module | None = None, functions: Function
     name, heads, shared, dim, values, window, softcap, sinks = head.groups()
     given: dict[str, str] = {}
     body = 1
-    while body < len(lines) and (word := lines[body].partition(" "))[0] in (
-        "kinds",
-        "teacher_heads",
-        "options",
-        "call",
-    ):
+    while body < len(lines) and (word := lines[body].partition(" "))[0] in HEADINGS:
         given[word[0]], body = word[2], body + 1
     split = next((i for i, line in enumerate(lines) if line.startswith("decode by ")), len(lines))
     graph, sources = parse_graph(lines[body:split], functions)
@@ -314,12 +347,15 @@ def parse_region(text: str, module: nn.Module | None = None, functions: Function
         kinds=_kinds(given.get("kinds", "F" * int(heads)), lines[0]),
         teacher_heads=tuple(map(int, re.findall(r"\d+", given.get("teacher_heads", "")))),
         options=read_options(given.get("options", "")),
+        later=tuple(re.findall(r"[\w-]+(?:\{[^{}]*\})?", given.get("later", ""))),
     )
-    region._graph = graph
+    if (problem := region.wrong_heads()) is not None:
+        raise RegionTextError(f"{lines[0]!r}: {problem}")
+    region.graph = graph
     if split < len(lines):
         region.decoded_by = lines[split].removeprefix("decode by ")
-        region._decode = parse_graph(lines[split + 1 :], functions)[0]
-    region.recompile()
+    if split + 1 < len(lines):
+        region.decode = parse_graph(lines[split + 1 :], functions)[0]
     return region
 
 
@@ -349,17 +385,10 @@ class RegionModule(nn.Module):
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
-        for key, value in owner.__dict__.items():
-            if key not in self.__dict__ and key != "forward":
-                self.__dict__[key] = value
-        self._modules.update(owner._modules)
-        self._parameters.update(owner._parameters)
-        self._buffers.update(owner._buffers)
-        self._non_persistent_buffers_set |= owner._non_persistent_buffers_set
-        self.training = owner.training
+        vars(self).update({key: value for key, value in vars(_clone(owner)).items() if key != "forward"})
         if not isinstance(owner, RegionModule):
             self.hydra = nn.Module()
-        self._original = (owner,)  # in a tuple, so that it is no child
+            self._original = (owner,)  # in a tuple, so that it is no child
 
     @property
     def original(self) -> nn.Module | None:
@@ -386,15 +415,43 @@ class RegionModule(nn.Module):
             self.take(self.region)
 
     def shell(self) -> RegionModule:
-        """A module over the same children and parameters that may be given others; `hydra` has containers of its own."""
-        new = _clone(self)
-        new.hydra = _clone_tree(self.hydra)
-        return new
+        """The same tree of modules anew, over the same parameters: what is done to these modules leaves the old ones alone.
+
+        Writing into a parameter in place does not.
+        """
+        clones: dict[nn.Module, nn.Module] = {}
+
+        def clone(old: nn.Module) -> Any:
+            if old not in clones:
+                new = clones[old] = _clone(old)
+                new._modules = {key: None if child is None else clone(child) for key, child in old._modules.items()}
+            return clones[old]
+
+        shell: RegionModule = clone(self)
+        vars(shell)["_origins"] = {new: old for old, new in clones.items()}
+        return shell
 
     def become(self, shell: RegionModule) -> None:
-        """Hold the children, parameters and buffers of `shell`."""
-        for key in CONTAINERS:
-            vars(self)[key] = vars(shell)[key]
+        """Hold what a shell holds. Modules that were left as they are stay the old objects."""
+        origins: dict[nn.Module, nn.Module] = vars(shell).pop("_origins")
+        settled: dict[nn.Module, nn.Module] = {}
+
+        def settle(module: nn.Module) -> nn.Module:
+            if module not in settled:
+                for key, child in module._modules.items():
+                    module._modules[key] = None if child is None else settle(child)
+                origin = origins.get(module)
+                settled[module] = origin if origin is not None and _equal(module, origin) else module
+            return settled[module]
+
+        settle(shell)
+        for key, value in vars(shell).items():
+            mine = vars(self).get(key)
+            if isinstance(mine, dict):  # handles of hooks hold on to it
+                mine.clear()
+                mine.update(value)
+            elif key not in ("region", "_original"):
+                vars(self)[key] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the replaced module's `forward`."""
@@ -432,27 +489,26 @@ class RegionModule(nn.Module):
         return "".join(map(LETTERS.__getitem__, self.kinds))
 
 
-COMPILED = ("_inputs", "_threaded", "_hidden", "_run", "_run_decode")  # what `take` makes of a region
-CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+COMPILED = ("_inputs", "_threaded", "_hidden", "_run", "_run_decode", "_origins")  # what is made anew in a copy
 
 
 def _clone(module: Any) -> Any:
-    """A module of the same class, attributes, children and parameters, in containers of its own."""
+    """A module of the same class, attributes, children, parameters and hooks, in containers of its own."""
     new = module.__class__.__new__(module.__class__)
-    vars(new).update({key: copy.copy(value) if key in CONTAINERS else value for key, value in vars(module).items()})
+    vars(new).update({k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
     return new
 
 
-def _clone_tree(module: nn.Module) -> nn.Module:
-    memo: dict[nn.Module, nn.Module] = {}
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold the same objects under the same names."""
 
-    def clone(old: nn.Module) -> nn.Module:
-        if old not in memo:
-            memo[old] = _clone(old)
-            memo[old]._modules = {key: None if child is None else clone(child) for key, child in old._modules.items()}
-        return memo[old]
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return list(a) == list(b) and all(a[key] is b[key] for key in a)
+        return a == b if isinstance(a, set) and isinstance(b, set) else a is b
 
-    return clone(module)
+    mine, theirs = vars(one), vars(other)
+    return mine.keys() == theirs.keys() and all(same(mine[key], theirs[key]) for key in mine)
 
 
 def _exporting() -> bool:

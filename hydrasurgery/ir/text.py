@@ -23,12 +23,13 @@ from hydrasurgery import layers, ops
 from hydrasurgery.errors import RegionTextError
 from hydrasurgery.ir import state
 
-NOTES = ("kind", "role", "branch", "state", "kernel")  # what passes note on nodes, in `node.meta`
+MEANING = ("kind", "role", "branch", "state", "dtype")  # what passes note on nodes, in `node.meta`, for other passes
+NOTES = (*MEANING, "kernel")
 LIBRARIES = (ops, layers, state, operator, torch.nn.functional)
 Functions = Mapping[str, Callable[..., Any]]
 
 _NODE = re.compile(r"%(\w+)(?:: (\[.*?\]))? = (.+)")
-_CALL = re.compile(r"([\w.:<>]+)\((.*)\)")
+_CALL = re.compile(r"([\w.:<>-]+)\((.*)\)")
 _NOTES = re.compile(r" \{([^{}]*)\}$")
 _NOTE = re.compile(r"(\w+)=(\"[^\"]*\"|[^,\s]+)")
 _REFERENCE = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|%(\w+)")
@@ -38,34 +39,41 @@ _WORDS = {"inf": float("inf"), "nan": float("nan"), "end": 2**63 - 1}  # `end` a
 # --- to text ---------------------------------------------------------------------------------------------------------
 
 
-def format_graph(graph: fx.Graph, sources: Mapping[str, str] | None = None) -> list[str]:
-    """The graph's lines; `sources` says for an input's name what it is, by default its name."""
-    return [format_node(node, sources or {}) for node in graph.nodes]
+def format_graph(
+    graph: fx.Graph, sources: Mapping[str, str] | None = None, notes: tuple[str, ...] = NOTES
+) -> list[str]:
+    """The graph's lines; `sources` says for an input's name what it is, by default its name; `notes` names what is shown."""
+    return [_format_node(node, sources or {}, notes) for node in graph.nodes]
 
 
-def format_node(node: fx.Node, sources: Mapping[str, str] | None = None) -> str:
-    """One line: `%name: [shape] = target(arguments) {notes}`."""
+def _format_node(node: fx.Node, sources: Mapping[str, str], shown: tuple[str, ...]) -> str:
     if node.op == "output":
         return f"return {_show(node.args[0])}"
     shape = node.meta.get("shape")
     label = f"%{node.name}" + ("" if shape is None else f": [{', '.join(map(str, shape))}]")
     if node.op == "placeholder":
-        text = f"input {(sources or {}).get(node.name, node.target)}"
+        text = f"input {sources.get(node.name, node.target)}"
     elif node.op == "get_attr":
         text = f"self.{node.target}"
     else:
         arguments = [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
         text = f"{_target_name(node)}({', '.join(arguments)})"
-    notes = ", ".join(f"{key}={_quote(node.meta[key])}" for key in NOTES if key in node.meta)
+    notes = ", ".join(f"{key}={_quote(node.meta[key])}" for key in shown if key in node.meta)
     return f"{label} = {text}" + (f" {{{notes}}}" if notes else "")
 
 
-def unknown_functions(graph: fx.Graph) -> dict[str, Callable[..., Any]]:
-    """The functions that the graph calls and that are none of LIBRARIES, by the name in its text."""
-    found = [
-        n.target for n in graph.nodes if n.op == "call_function" and not isinstance(n.target, torch._ops.OpOverload)
-    ]
-    return {name: f for f in found if ":" in (name := _function_name(f))}  # type: ignore[misc]
+def unknown_functions(*graphs: fx.Graph) -> dict[str, Callable[..., Any]]:
+    """The functions that graphs call and that are none of LIBRARIES, by the name in their text.
+
+    Raises:
+        RegionTextError: two functions have one name.
+    """
+    found: dict[str, Any] = {}
+    for node in (node for graph in graphs for node in graph.nodes if node.op == "call_function"):
+        name = "" if isinstance(node.target, torch._ops.OpOverload) else _function_name(node.target)
+        if ":" in name and found.setdefault(name, node.target) is not node.target:
+            raise RegionTextError(f"two functions of the graph are called {name}: give each a name of its own")
+    return found
 
 
 def _target_name(node: fx.Node) -> str:
@@ -81,10 +89,10 @@ def _target_name(node: fx.Node) -> str:
 
 
 def _function_name(function: Any) -> str:
-    name = function.__name__
+    name = getattr(function, "__name__", None) or type(function).__name__
     if function is getattr or any(getattr(library, name, None) is function for library in LIBRARIES):
         return str(name)
-    return f"{function.__module__}:{function.__qualname__}"
+    return f"{function.__module__}:{getattr(function, '__qualname__', name)}"
 
 
 def _show(value: Any) -> str:
@@ -96,8 +104,10 @@ def _show(value: Any) -> str:
         return f"[{', '.join(map(_show, value))}]"
     if isinstance(value, slice):
         return f"slice({_show(value.start)}, {_show(value.stop)}, {_show(value.step)})"
-    if value == _WORDS["end"] and isinstance(value, int):
-        return "end"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_show(part)}" for key, part in value.items()) + "}"
+    if value is Ellipsis or (isinstance(value, int) and value == _WORDS["end"]):
+        return "..." if value is Ellipsis else "end"
     return f"device({str(value)!r})" if isinstance(value, torch.device) else repr(value)
 
 
@@ -123,8 +133,10 @@ def parse_graph(lines: Iterable[str], functions: Functions | None = None) -> tup
     for line in lines:
         text = line.strip()
         try:
+            if any(node.op == "output" for node in reversed(graph.nodes)):
+                raise ValueError("it comes after `return`")
             _parse_line(text, graph, made, sources, functions or {})
-        except (SyntaxError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        except (SyntaxError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
             raise RegionTextError(f"{text!r} cannot be read: {error}") from error
     if not any(node.op == "output" for node in graph.nodes):
         raise RegionTextError("the text has no line `return ...`")
@@ -179,7 +191,7 @@ def _parse_body(
 
 def _path(text: str) -> str:
     first, _, path = text.partition(".")
-    if first != "self" or not path or not all(step.isidentifier() or step.isdecimal() for step in path.split(".")):
+    if first != "self" or not path or not all(re.fullmatch(r"[\w-]+", step) for step in path.split(".")):
         raise ValueError(f"{text!r} is neither a call nor a path such as self.q_proj")
     return path
 
@@ -194,7 +206,10 @@ def _function(text: str, functions: Functions) -> Any:
     if "::" in text:
         namespace, _, rest = text.partition("::")
         name, _, overload = rest.partition(".")
-        return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+        found = getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+        if not isinstance(found, torch._ops.OpOverload):
+            raise ValueError(f"{text!r} is no operator")
+        return found
     if text in functions:
         return functions[text]
     if text == "getattr":
@@ -243,6 +258,8 @@ def _value(part: ast.AST, made: Mapping[str, fx.Node]) -> Any:
             return value
         case ast.Tuple(elts=parts):
             return tuple(_value(p, made) for p in parts)
+        case ast.Dict(keys=keys, values=parts):
+            return {_value(k, made): _value(p, made) for k, p in zip(keys, parts, strict=True) if k is not None}
         case ast.List(elts=parts):
             return [_value(p, made) for p in parts]
         case ast.UnaryOp(op=ast.USub(), operand=operand):
