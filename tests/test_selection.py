@@ -93,7 +93,7 @@ class Recorder:
 
 @torch.no_grad()
 def slow_effects(model, pair):
-    """Eq. 9 and 10 by the letter: one whole forward a head, earlier layers running, later ones held."""
+    """Eq. 9 and 10 by the letter: one whole forward per head, earlier layers running, later ones held."""
 
     def measure(ids, replace=None):
         with Recorder(model, replace) as outputs:
