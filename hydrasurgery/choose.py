@@ -327,7 +327,7 @@ def _finite(values: Sequence[float], name: str, what: str, num_heads: int) -> li
     numbers = [float(value) for value in values]
     if len(numbers) != num_heads or not all(math.isfinite(number) for number in numbers):
         raise PlanError(
-            f"{name}: {what} must be {num_heads} finite numbers, one a head; got {len(numbers)}, of which "
+            f"{name}: {what} must be {num_heads} finite numbers, one per head; got {len(numbers)}, of which "
             f"{sum(math.isfinite(number) for number in numbers)} are finite. Score the model again."
         )
     return numbers

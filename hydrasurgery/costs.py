@@ -77,7 +77,7 @@ def forecast(
     - a linear head, chunks of C = 64: T (6 K V + C (6 K + 4 V) + C^2 / 3). Three products with the state (S^T k, the
       write, S^T q), five inside the chunk (k k^T, q k^T, two of the triangular inverse, the read), the inverse itself.
 
-    Left out: the number that a layer with `log_length` keeps, 8 bytes a sequence.
+    Left out: the number that a layer with `log_length` keeps, 8 bytes per sequence.
 
     Args:
         plan: A Plan, or an iterable of regions.

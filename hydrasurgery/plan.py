@@ -29,7 +29,7 @@ class LayerPlan:
 
     Attributes:
         name: The attention module's path in the model.
-        kinds: "full" or "linear", one a query head.
+        kinds: "full" or "linear", one per query head.
         num_key_value_heads: KV heads.
         head_dim, value_dim: Widths of a head's keys and values.
         window: Tokens that a query sees at most; None for all.

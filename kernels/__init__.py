@@ -1,1 +1,1 @@
-"""Kernels, one folder an op: `reference` is plain PyTorch on any device; faster ones stand beside it."""
+"""Kernels, one folder per op: `reference` is plain PyTorch on any device; faster ones stand beside it."""

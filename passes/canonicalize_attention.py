@@ -14,7 +14,7 @@ from hydrasurgery.passes.base import Pass, PassResult, register
 @register
 @dataclass(frozen=True)
 class CanonicalizeAttention(Pass):
-    """Exactly one `hydra::attention` node a region, its mask straight from the call."""
+    """Exactly one `hydra::attention` node per region, its mask straight from the call."""
 
     name: ClassVar[str] = "canonicalize-attention"
 

@@ -1,4 +1,4 @@
-"""split-heads: one attention node over all heads becomes one a head kind, merged back into their own slots."""
+"""split-heads: one attention node over all heads becomes one per head kind, merged back into their own slots."""
 
 from __future__ import annotations
 

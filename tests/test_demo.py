@@ -55,7 +55,7 @@ def test_the_report_has_a_row_for_each_arm(arms: list[Arm], tmp_path: Path) -> N
     assert "data seed 0" in text
     assert "evaluation seed 1" in text
     assert "| 200 KiB | 200 KiB |" in next(row for row in rows if "all linear (0)" in row)
-    assert "| 4 MiB | 4 GiB |" in rows[1]  # 8 layers x 8 KV heads x 2 x 16 numbers of 4 bytes a token
+    assert "| 4 MiB | 4 GiB |" in rows[1]  # 8 layers x 8 KV heads x 2 x 16 numbers of 4 bytes per token
     draw_recall(arms, tmp_path / "recall.png")
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 

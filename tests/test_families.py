@@ -1,4 +1,4 @@
-"""Surgery over model families, one line a family: exactness of capture, stitch and restore; meaning of the hybrids."""
+"""Surgery over model families, one line per family: exactness of capture, stitch and restore; meaning of the hybrids."""
 
 from __future__ import annotations
 

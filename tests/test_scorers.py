@@ -56,7 +56,7 @@ def check_found(rank):
 
 @pytest.mark.parametrize("method", FINDING)
 def test_the_planted_head_is_first(method):
-    count = 2 if method == "gates" else 6  # forty steps a pair
+    count = 2 if method == "gates" else 6  # forty steps per pair
     check_found(lambda model, pairs: ranking(model, pairs[:count], method))
 
 

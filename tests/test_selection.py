@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hydrasurgery.calibration import BETAS, HALF_LIVES, fit_linear_heads
 from hydrasurgery.choose import plan_heads
 from hydrasurgery.errors import DataError, ProbeError, SequenceLengthError
-from hydrasurgery.evaluation.tasks import KEY_TOKENS, VALUE_TOKENS, Pair
+from hydrasurgery.evaluation import KEY_TOKENS, VALUE_TOKENS, Pair
 from hydrasurgery.ir.taps import head_taps
 from hydrasurgery.layers import l2_norm
 from hydrasurgery.selection import HeadScores, score_heads
@@ -93,7 +93,7 @@ class Recorder:
 
 @torch.no_grad()
 def slow_effects(model, pair):
-    """Eq. 9 and 10 by the letter: one whole forward a head, earlier layers running, later ones held."""
+    """Eq. 9 and 10 by the letter: one whole forward per head, earlier layers running, later ones held."""
 
     def measure(ids, replace=None):
         with Recorder(model, replace) as outputs:

@@ -18,7 +18,7 @@ from hydrasurgery.kernels.decode_step import reference as decode_reference
 from hydrasurgery.kernels.linear_attention import reference as linear_reference
 from hydrasurgery.kernels.scale_norm_fusion import reference as fusion_reference
 
-CHUNK = 64  # tokens a chunk, in the count of a linear head's arithmetic
+CHUNK = 64  # tokens per chunk, in the count of a linear head's arithmetic
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 

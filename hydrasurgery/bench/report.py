@@ -72,7 +72,7 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 
 def plot(rows: Iterable[Row], path: Path) -> None:
-    """Milliseconds over size, one panel a suite, the floor dashed. Needs matplotlib (`pip install 'hydrasurgery[plot]'`)."""
+    """Milliseconds over size, one panel per suite, the floor dashed. Needs matplotlib (`pip install 'hydrasurgery[plot]'`)."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -43,7 +43,7 @@ def bench(
     sizes: Iterable[int] | None = None,
     skip: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """One row a contender and size, as it is measured: suite, size, contender, ms, floor_ms and error, or why there is none.
+    """One row per contender and size, as it is measured: suite, size, contender, ms, floor_ms and error, or why there is none.
 
     `sizes` replaces the suites' own, which a CPU cuts at 1024; `skip` names contenders to leave out. The floor is the larger of
     bytes over the measured copy bandwidth and operations over the measured matmul rate.

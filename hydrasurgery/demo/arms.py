@@ -29,7 +29,7 @@ from hydrasurgery.transfer.start import calibrate
 SEED = 0  # of the data; the evaluation's is one more
 LENGTHS = (256, 512, 1024)
 TRAINING_LENGTH = 512
-COUNT = 16  # sequences a task and length
+COUNT = 16  # sequences per task and length
 PROMPT, CONTINUATION = 48, 32  # tokens
 
 

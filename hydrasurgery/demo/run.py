@@ -102,7 +102,7 @@ def _export(folder: Path, file: Path, expected: tuple[int, ...]) -> str:
 
 
 def report(arms: list[Arm], recipe: Recipe, sample: str, exported: str, minutes: float) -> str:
-    """The report's text: one row an arm, then what the table says, a sample, and what became of the export."""
+    """The report's text: one row per arm, then what the table says, a sample, and what became of the export."""
     stages = ", ".join(f"{s.num_steps} steps {s.name}" for s in recipe.stages)
     tokens = recipe.stages[0].batch_size * recipe.stages[0].length
     lengths = " / ".join(map(str, LENGTHS))
@@ -177,7 +177,7 @@ def findings(arms: list[Arm]) -> list[str]:
 
 
 def draw_recall(arms: list[Arm], path: Path) -> None:
-    """Recall against length, one line an arm, needles beside dense recall."""
+    """Recall against length, one line per arm, needles beside dense recall."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

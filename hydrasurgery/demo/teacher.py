@@ -39,7 +39,7 @@ class Phase:
     """One length of the curriculum.
 
     Attributes:
-        length: tokens a sequence.
+        length: tokens per sequence.
         end: share of the run's steps at which the phase is over at the latest.
         learned: the phase is over sooner once the running mean of its answer loss is below this.
     """
@@ -55,7 +55,7 @@ class Recipe:
 
     Attributes:
         layers, hidden, heads, kv_heads, head_dim, feed_forward: the shape of the Qwen3.
-        tokens: tokens a step.
+        tokens: tokens per step.
         curriculum: the lengths, in order.
         muon_rate: peak learning rate of the matrices; the other two are AdamW's.
         text_weight: weight of the text's loss beside that of the answers.
@@ -306,7 +306,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--layers", type=int, default=defaults.layers)
-    parser.add_argument("--heads", type=int, default=defaults.heads, help="query heads a layer")
+    parser.add_argument("--heads", type=int, default=defaults.heads, help="query heads per layer")
     parser.add_argument("--kv-heads", type=int, default=defaults.kv_heads)
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch's choice")
     return parser.parse_args(arguments)

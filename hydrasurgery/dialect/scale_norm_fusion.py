@@ -28,7 +28,7 @@ def scale_norm_fusion(
     Args:
         o_full: [B, T, Hf, D], the full heads in slot order; None if there are none.
         o_linear: [B, T, Hl, D], the linear heads in slot order; None if there are none.
-        gamma: [Hl], one scale a linear head; with `norm_full` [Hf + Hl], one a slot.
+        gamma: [Hl], one scale per linear head; with `norm_full` [Hf + Hl], one per slot.
         gate: [B, T, Hl, D] or [B, T, Hl, 1], multiplied onto the linear heads; 1 if None.
         linear_heads: the slots of the linear heads, ascending. The full heads fill the others.
         norm_full: treat full heads alike (without a gate), instead of passing them through.

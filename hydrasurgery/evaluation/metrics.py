@@ -128,8 +128,8 @@ def evaluate(
     Args:
         model: a causal language model; left as it is.
         tokenizer: writes the tasks.
-        lengths: tokens a sequence.
-        count: sequences a task and length.
+        lengths: tokens per sequence.
+        count: sequences per task and length.
         seed: of the tasks; equal seeds give equal sequences.
         num_keys: facts in a needle sequence.
         text_ids: [N] text to hide needles in and to take perplexity of; by default as in `needles`.

@@ -51,7 +51,7 @@ def variable_pairs(
 
     Args:
         tokenizer: as in `needles`.
-        length: T, tokens a prompt.
+        length: T, tokens per prompt.
         count: pairs.
         seed: as in `needles`.
         hops: names that stand for another name, in each chain.
@@ -83,7 +83,7 @@ def fact_pairs(
 
     Args:
         tokenizer: as in `needles`.
-        length: T, tokens a prompt.
+        length: T, tokens per prompt.
         count: pairs.
         seed: as in `needles`.
         text_ids: as in `needles`.
@@ -109,7 +109,7 @@ def sum_pairs(
 
     Args:
         tokenizer: as in `needles`.
-        length: T, tokens a prompt.
+        length: T, tokens per prompt.
         count: pairs.
         seed: as in `needles`.
         text_ids: as in `needles`.
@@ -145,7 +145,7 @@ def make_pairs(
     Args:
         tokenizer: as in `needles`.
         probes: names in `PROBES`.
-        lengths: tokens a prompt.
+        lengths: tokens per prompt.
         count: pairs in all.
         seed: as in `needles`.
 

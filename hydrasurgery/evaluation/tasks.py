@@ -102,10 +102,10 @@ def needles(
 
     Args:
         tokenizer: writes facts with the demo's own tokens where it has them, else in words.
-        length: T, tokens a sequence.
+        length: T, tokens per sequence.
         count: B, sequences.
         seed: the only source of chance; an int or several (a run's seed and a step, say).
-        num_keys: facts a sequence, of distinct keys and values.
+        num_keys: facts per sequence, of distinct keys and values.
         questions: Q, how many of the facts are asked.
         text_ids: [N] int64, the text to hide them in; by default the Python reference (held-out part for the demo's
             tokenizer).
@@ -149,10 +149,10 @@ def needle_pairs(
 
     Args:
         tokenizer: as in `needles`.
-        length: T, tokens a prompt.
+        length: T, tokens per prompt.
         count: pairs.
         seed: as in `needles`.
-        num_keys: facts a prompt, of which one is asked.
+        num_keys: facts per prompt, of which one is asked.
         text_ids: as in `needles`.
 
     Raises:
@@ -242,10 +242,10 @@ def dense_recall(
 
     Args:
         tokenizer: one with the demo's tokens.
-        length: T, tokens a sequence.
+        length: T, tokens per sequence.
         count: B, sequences.
         seed: as in `needles`.
-        num_pairs: facts; by default as many as fill three quarters of the sequence, at most one a key.
+        num_pairs: facts; by default as many as fill three quarters of the sequence, at most one per key.
         questions: Q; by default a third of the facts. More than there are facts ask them again, round by round.
         text_ids: as in `needles`.
 
@@ -287,7 +287,7 @@ def plain_text(
 
     Args:
         tokenizer: any.
-        length: T, tokens a sequence, its own first token (bos) included.
+        length: T, tokens per sequence, its own first token (bos) included.
         count: B, sequences.
         seed, text_ids: as in `needles`.
 

@@ -48,7 +48,7 @@ class OnnxDecoder:
             options.intra_op_num_threads = threads
         try:
             self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
-        except Exception as error:  # onnxruntime has an exception class a cause, without a common base
+        except Exception as error:  # onnxruntime has an exception class per cause, without a common base
             hint = KERNELS if type(error).__name__ == "NotImplemented" else ""
             raise ExportError(f"{os.fspath(path)}: ONNX Runtime cannot load it: {error}{hint}") from error
         self._inputs = {i.name: i for i in self.session.get_inputs()}

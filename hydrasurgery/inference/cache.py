@@ -1,7 +1,7 @@
 """Cache layers of a hybrid: the kept KV heads, the convolutions' last inputs, and the recurrent states.
 
 They take the place of the ordinary layers inside a Hugging Face `DynamicCache` or `StaticCache` the first time a region meets
-it. transformers has layers for models that are hybrids by design; those hold one convolution a layer and know it by number, where
+it. transformers has layers for models that are hybrids by design; those hold one convolution per layer and know it by number, where
 a region has up to three, or none, and names them.
 """
 

@@ -1,4 +1,4 @@
-"""Graphs as text and back: one line a node, with its shape and with what the passes noted on it.
+"""Graphs as text and back: one line per node, with its shape and with what the passes noted on it.
 
     %q_full: [B, 2, T, 16] = select_heads(%add_2, (0, 3), 1)
     %o_full: [B, T, 2, 16] = hydra::attention(%q_full, %k_all, %v_all, %attention_mask, scale=0.25) {kind=full}

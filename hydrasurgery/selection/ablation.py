@@ -47,8 +47,8 @@ class AblationCurve:
 
     Attributes:
         counts: Numbers of heads that are ablated together.
-        accuracy: Arm ("top", "bottom", "random") -> share of pairs answered, one a count; the random arm is a mean.
-        spread: Of the random arm, standard deviation between its draws, one a count.
+        accuracy: Arm ("top", "bottom", "random") -> share of pairs answered, one per count; the random arm is a mean.
+        spread: Of the random arm, standard deviation between its draws, one per count.
     """
 
     counts: tuple[int, ...]

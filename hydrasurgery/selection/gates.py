@@ -11,7 +11,7 @@ from hydrasurgery.selection.recording import Run
 from hydrasurgery.selection.swap import stand_in
 from hydrasurgery.selection.watching import LastAttention
 
-STEPS, RATE, PRICE = 40, 0.1, 0.05  # Adam's steps a pair and its rate; nats that all heads together cost
+STEPS, RATE, PRICE = 40, 0.1, 0.05  # Adam's steps per pair and its rate; nats that all heads together cost
 
 
 def learned_gates(meter: HeadMeter) -> dict[str, Tensor]:

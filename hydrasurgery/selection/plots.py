@@ -86,7 +86,7 @@ def draw_arms(
     spread: Mapping[str, Sequence[float]],
     path: Target,
 ) -> Path:
-    """Accuracy against the number of ablated heads, a line an arm, with the arm's `spread` where it has one.
+    """Accuracy against the number of ablated heads, a line per arm, with the arm's `spread` where it has one.
 
     Raises:
         ImportError: as in `draw_heat_maps`.

@@ -206,5 +206,5 @@ def _layer(value: dict[str, Any]) -> LayerScores:
     samples = tuple(tuple(map(float, row)) for row in value["samples"])
     lists = [row for row in (*rows.values(), error, *samples) if row is not None]
     if len({len(row) for row in lists}) != 1 or not all(math.isfinite(x) for row in lists for x in row):
-        raise ValueError(f"{value['name']} needs one finite number a head")
+        raise ValueError(f"{value['name']} needs one finite number per head")
     return LayerScores(**{**value, **rows, "error": error, "samples": samples})

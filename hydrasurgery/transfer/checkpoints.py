@@ -1,7 +1,7 @@
-"""The folder of a run: its recipe, a line of metrics a step, and checkpoints that a run resumes from bit for bit.
+"""The folder of a run: its recipe, a line of metrics per step, and checkpoints that a run resumes from bit for bit.
 
     recipe.json                              the recipe that was run
-    metrics.jsonl                            one JSON object a step
+    metrics.jsonl                            one JSON object per step
     checkpoints/<stage>-<name>-<step>/       model.safetensors, optimizer.safetensors, state.json
 
 A checkpoint holds the hybrid's parameters that are not the teacher's, never the teacher, and no pickle. Randomness is

@@ -26,8 +26,8 @@ class Stage:
     Attributes:
         name: `align` fits each hybrid attention layer to the teacher's on the teacher's own hidden states, `distil`
             minimises KL(teacher || student) + `ce_weight` * cross entropy, `lengthen` minimises the cross entropy.
-        batch_size: sequences an optimiser step.
-        length: tokens a sequence.
+        batch_size: sequences per optimiser step.
+        length: tokens per sequence.
         lr: learning rate after the warm-up; it falls to `lr_end` along half a cosine (equal values: constant).
         lr_end: learning rate of the last step.
         steps: optimiser steps. Give either this or `tokens`.
@@ -42,7 +42,7 @@ class Stage:
             the teacher. If None, `align` trains the additions and other stages train all. In `align` `all` means all of the
             attention regions, projections too; full heads that lose their RoPE need it.
         freeze_full_qk: leave the query and key projections of full heads as they are (QK-Restore).
-        micro_batch: sequences a forward pass, the gradient being accumulated over the batch; None takes all at once.
+        micro_batch: sequences per forward pass, the gradient being accumulated over the batch; None takes all at once.
 
     Raises:
         RecipeError: a field is out of range.

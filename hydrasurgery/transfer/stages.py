@@ -34,7 +34,7 @@ class TransferResult:
     """What `distill` returns.
 
     Attributes:
-        history: one record a step, of earlier sessions of the run too: `stage`, `stage_index`, `step` (from 1), `loss`
+        history: one record per step, of earlier sessions of the run too: `stage`, `stage_index`, `step` (from 1), `loss`
             (with `kl` and `ce` where they apply), `lr`, `grad_norm`, `tokens`, `seconds`.
         checkpoint: the last checkpoint, or None if nothing was written.
 

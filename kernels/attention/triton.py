@@ -1,6 +1,6 @@
 """Softmax attention of one query over a cache, in Triton: any mask, window, softcap and sinks, grouped heads read once.
 
-PyTorch's fused kernels give a query with a mask one program a head, which then walks all keys by itself. Here the keys are cut into
+PyTorch's fused kernels give a query with a mask one program per head, which walks all keys by itself. Here the keys are cut into
 parts, enough to fill the card; each part leaves its outputs, the largest score and the sum of weights, and a second kernel joins
 them in order. A block of keys that nobody may see is not read, so an empty static cache costs only its mask.
 """
@@ -149,5 +149,5 @@ def forward(
 
 
 def _wave(device: torch.device) -> int:
-    """Programs that the card holds at once, about: three a processor."""
+    """Programs that the card holds at once, about: three per processor."""
     return 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

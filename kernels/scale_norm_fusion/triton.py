@@ -1,7 +1,7 @@
 """Scale-normalised fusion in Triton: one launch and one pass over memory each way.
 
 A program takes one slot of the output [B*T, H, D] for ROWS tokens. Which head stands there follows from the bits of two 64-bit
-words, one a slot (1 = linear): the number of set bits below a slot is its place among the linear heads. So no table of indices
+words, one per slot (1 = linear): the number of set bits below a slot is its place among the linear heads. So no table of indices
 travels to the device, and a plan needs no kernel of its own.
 """
 
@@ -45,7 +45,7 @@ def _block(low, high, HEADS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_gates(gate, row, column, live, DIM: tl.constexpr, GATE: tl.constexpr):
-    """The gates of rows: none, one a row, or one an element."""
+    """The gates of rows: none, one per row, or one per element."""
     if GATE == 2:
         gates = tl.load(gate + row[:, None] * DIM + column, mask=live[:, None] & (column < DIM), other=0)
     elif GATE == 1:

@@ -155,7 +155,7 @@ def median_ms(calls: list[Callable[[], Any]], device: str) -> float:
 
 @torch.no_grad()
 def decode(case: Case, models: dict[str, nn.Module], batch: int, args: argparse.Namespace) -> tuple[float, Tensor]:
-    """Milliseconds a token at the context's end, and the logits of the first steps [batch, WARM_UP, vocab]."""
+    """Milliseconds per token at the context's end, and the logits of the first steps [batch, WARM_UP, vocab]."""
     model = models[case.model]
     generator = torch.Generator().manual_seed(batch)
     length = args.context + WARM_UP + args.steps

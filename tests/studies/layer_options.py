@@ -2,7 +2,7 @@
 
 `python -m tests.studies.layer_options` rewrites the shipped teacher by one plan (7:1, at random) with each layer, fits the start
 values, and measures the divergence from the teacher on its own mixture of tasks; with `--steps N` again after N steps of
-stage 2 (all parameters, 2,048 tokens a step).
+stage 2 (all parameters, 2,048 tokens per step).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `python -m tests.studies.transformer_lens` needs TransformerLens 4 (`pip install transformer-lens`), which is no part of
 the test environment. Its `get_act_patch_attn_head_out_all_pos` puts each head's output of the corrupt run into the
-clean run, one forward a head, and gives one number a head: asked pair by pair it gives each pair's scores, as
+clean run, one forward per head, and gives one number per head: asked pair by pair it gives each pair's scores, as
 `score_heads` does, and asked for all pairs in one batch only their mean.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     bridge = TransformerBridge.boot_transformers(str(options.model), hf_model=reference, tokenizer=tokenizer)
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "ours": lambda: ours(model, pairs, options.rows),
-        "TransformerLens, a pair a call": lambda: torch.stack([theirs(bridge, [pair]) for pair in pairs]),
+        "TransformerLens, a pair per call": lambda: torch.stack([theirs(bridge, [pair]) for pair in pairs]),
         "TransformerLens, all pairs in a batch (only their mean)": lambda: theirs(bridge, pairs),
     }
     ours(model, pairs[:1], options.rows), bridge(pairs[0].clean_ids[None])  # what is done once is not timed
