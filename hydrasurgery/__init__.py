@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hydrasurgery.export import export_onnx as export_onnx
     from hydrasurgery.export import export_pt2 as export_pt2
     from hydrasurgery.ir.capture import capture as capture
+    from hydrasurgery.ir.reading import parse_region as parse_region
     from hydrasurgery.ir.region import Region as Region
-    from hydrasurgery.ir.region import parse_region as parse_region
     from hydrasurgery.ir.stitch import region_modules as region_modules
     from hydrasurgery.ir.stitch import regions as regions
     from hydrasurgery.ir.taps import head_taps as head_taps
@@ -47,7 +47,7 @@ PLACES = {
     "export_pt2": "export",
     "forecast": "costs",
     "head_taps": "ir.taps",
-    "parse_region": "ir.region",
+    "parse_region": "ir.reading",
     "plan_heads": "choose",
     "region_modules": "ir.stitch",
     "regions": "ir.stitch",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hydrasurgery.errors import PassError, PostconditionError, PreconditionError
-from hydrasurgery.ir.region import parse_region
+from hydrasurgery.ir.reading import parse_region
 from hydrasurgery.passes import PassResult, SplitHeads, run_pipeline
 from tests.text import PLAIN, ROTARY, after, calls, holds, projections
 

@@ -13,7 +13,8 @@ from torch import fx, nn
 
 import hydrasurgery as hs
 from hydrasurgery.errors import RegionTextError
-from hydrasurgery.ir.region import Region, parse_region
+from hydrasurgery.ir.reading import parse_region
+from hydrasurgery.ir.region import Region
 from hydrasurgery.ir.text import NOTES, format_graph, parse_graph
 from tests.families import FAMILIES, tiny
 from tests.test_families import half_plan

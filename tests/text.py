@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from hydrasurgery.ir.region import Region, parse_region
+from hydrasurgery.ir.reading import parse_region
+from hydrasurgery.ir.region import Region
 from hydrasurgery.passes import run_pipeline
 
 # Four query heads of 8 over two KV heads, straight from the call's inputs: no module is needed.
