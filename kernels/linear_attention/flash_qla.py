@@ -23,7 +23,7 @@ def forward(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward` for rule gated_delta."""
-    return _forward(q, k, v, decay, beta, state, scale, cu_seqlens)[:2]
+    return _forward(q, k, v, decay, beta, state, scale, cu_seqlens, trains=False)[:2]
 
 
 def forward_keeping(
@@ -42,7 +42,7 @@ def forward_keeping(
     FlashQLA may split a sequence over the card's processors. What it finds of the parts is not kept: their number is FlashQLA's own
     choice, and the outputs of an operator have shapes that are known before it runs.
     """
-    return _forward(q, k, v, decay, beta, state, scale, None)
+    return _forward(q, k, v, decay, beta, state, scale, None, trains=True)
 
 
 def kept_like(
@@ -69,6 +69,8 @@ def _forward(
     state: Tensor | None,
     scale: float | None,
     cu_seqlens: Tensor | None,
+    *,
+    trains: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     from flash_qla import chunk_gated_delta_rule_fwd
 
@@ -79,6 +81,7 @@ def _forward(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         initial_state=None if state is None else state.contiguous(),
         cu_seqlens=cu_seqlens,
+        is_train=trains,  # the backward splits a sequence as a forward that trains does
     )
     return o.to(q.dtype), final.to(torch.float32), (sums, solve)
 
