@@ -353,7 +353,7 @@ def linear_attention_case(
         rule: True,
         "decay by channel": decay is not None and decay.dim() == 4,
         "state": state is not None,
-        "few tokens": mode == FORWARD and not trains and batch * length * heads < FEW_TOKENS,
+        "few tokens": mode != DECODE and batch * length * heads < FEW_TOKENS,
     }
     return _case(mode, (q, k, v), {"K": int(keys), "V": int(v.shape[3])}, features)
 

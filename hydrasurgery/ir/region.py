@@ -211,7 +211,7 @@ class Region:
         return draft
 
     def adopt(self, draft: Region) -> None:
-        """Become what a draft is, in place: whoever holds this region or its module holds the new one."""
+        """Become what `draft` is, in place: whoever holds this region or its module holds the new one."""
         self.module.become(draft.module)
         vars(self).update({key: value for key, value in vars(draft).items() if key != "module"})
 
