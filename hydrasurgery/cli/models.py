@@ -35,13 +35,14 @@ def inspect(model: Model) -> None:
     from hydrasurgery.conversion import share_copy
     from hydrasurgery.ir.capture import capture
     from hydrasurgery.ir.stitch import region_modules
+    from hydrasurgery.passes import parse
     from hydrasurgery.surgery import hybrid_pipeline
 
     decoder = load_model(model)
     surgery = getattr(decoder.config, "quantization_config", None)
     if region_modules(decoder) and surgery is not None:
         made = Plan.from_dict(surgery.plan, model)
-        own = "" if surgery.pipeline == hybrid_pipeline(made.layer) else f"\npasses {surgery.pipeline}"
+        own = "" if parse(surgery.pipeline) == parse(hybrid_pipeline(made.layer)) else f"\npasses {surgery.pipeline}"
         typer.echo(f"{type(decoder).__name__}, a hybrid already\n\n{made}{own}")
         return
     regions = capture(share_copy(decoder))
