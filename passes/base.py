@@ -29,7 +29,9 @@ class Pass:
     """One rewrite of one region. Subclasses are frozen dataclasses, set `name` and implement `run`; fields are the options.
 
     `run_pipeline` gives a pass a draft of the region, which it may change in place, and takes the draft only if nothing
-    fails. Options are of type bool, int, float, str or `Literal[...]`, and are checked when a pass is made.
+    fails. A draft has graphs and modules of its own over the same parameters: a pass gives a module another parameter, and never
+    writes into one, which could not be undone. Options are of type bool, int, float, str or `Literal[...]`, and are checked when
+    a pass is made.
 
     Attributes:
         name: as in a pipeline string.
