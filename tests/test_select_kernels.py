@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hydrasurgery as hs
-from hydrasurgery.errors import PreconditionError
+from hydrasurgery.errors import PipelineError, PreconditionError
 from hydrasurgery.kernels import registry
 from hydrasurgery.kernels.registry import Machine
 from hydrasurgery.passes import parse, run_pipeline
@@ -42,7 +42,9 @@ def test_a_cpu_runs_the_references():
         ("o_full", "q_conv", "k_conv", "v_conv", "linear_attention", "fused_heads"), "reference"
     )
     assert region.graph.python_code("self").src == code
-    assert all("kernel=reference}" in line for line in str(region).splitlines() if "hydra::" in line)
+    assert all(
+        "kernel=reference}" in line for line in str(region).split("\ndecode by")[0].splitlines() if "hydra::" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_what_is_noted_is_what_a_call_takes(monkeypatch, family):
         assert set(call.sizes) <= set(case.sizes)
 
 
-@pytest.mark.parametrize("options", ["mode=training", "dtype=float7"])
-def test_refused_options(options):
-    with pytest.raises(PreconditionError, match="select-kernels"):
+@pytest.mark.parametrize(("options", "error"), [("mode=training", PipelineError), ("dtype=float7", PreconditionError)])
+def test_refused_options(options, error):
+    with pytest.raises(error, match="select-kernels"):
         run_pipeline([hybrid_region()], parse(f"select-kernels{{{options}}}"))
