@@ -1,8 +1,14 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is first imported."""
+"""The tests' processes: each has its share of the processor's cores, and without a GPU Triton's kernels run in its interpreter.
+
+Both are settled before torch and triton are first imported.
+"""
 
 import os
 
-import torch
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
