@@ -72,7 +72,8 @@ class HydraSurgeon(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Called before anything is saved: passes that ran since the rewrite become part of the checkpoint's pipeline."""
-        record_passes(model, self.quantization_config)
+        config: Any = model.config
+        record_passes(model, config.quantization_config)
         return super().get_state_dict_and_metadata(model, *args, **kwargs)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

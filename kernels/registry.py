@@ -23,8 +23,8 @@ from torch import Tensor
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOAT = HALF | {torch.float32}
-# Tokens times heads, below which our forward is faster than FlashQLA's, parts of which take 0.1 ms however few they are. It lies
-# between the 4,096 and the 8,192 tokens of 14 heads that were timed on an H200.
+# Tokens times heads, below which our kernels are faster than FlashQLA's, parts of which take 0.1 ms however few they are. Forward,
+# it lies between the 4,096 and the 8,192 tokens of 14 heads that were timed on an H200; with gradients, between 4,096 and 16,384.
 FEW_TOKENS = 6144 * 14
 
 

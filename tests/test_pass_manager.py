@@ -452,6 +452,10 @@ def test_passes_after_the_rewrite_are_saved_with_the_hybrid(hybrid: nn.Module, t
         loaded = type(hybrid).from_pretrained(tmp_path).eval()
         assert loaded.config.quantization_config.pipeline.endswith("fuse-decode,soften")
         assert torch.equal(full(loaded), full(hybrid))
+    for other in (loaded, copy.deepcopy(hybrid)):
+        run_pipeline(hs.regions(other), "soften{scale=0.3}")
+        other.save_pretrained(tmp_path / "again")
+        assert torch.equal(full(type(hybrid).from_pretrained(tmp_path / "again").eval()), full(other))
     run_pipeline(hs.regions(hybrid)[:1], "soften{scale=0.2}")
     with pytest.raises(CheckpointError, match="passes ran over some regions only"):
         hybrid.save_pretrained(tmp_path)
