@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from hydrasurgery.dialect.names import Rule
 from hydrasurgery.errors import PlanError
+from hydrasurgery.json_files import shown
+from hydrasurgery.records import check_record
 
 TAPS = 4  # of the short convolution
 
@@ -52,12 +54,7 @@ class LayerOptions:
     untie: bool = False
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, known = getattr(self, field.name), get_args(kinds[field.name]) or (True, False)
-            if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in known):
-                allowed = ", ".join(map(str, known)).lower()
-                raise PlanError(f"layer option {field.name}={value!r} is not one of {allowed}.")
+        check_record(self, PlanError, "layer options")
         if self.full_gate and not self.gate:
             raise PlanError("layer option full_gate=true needs gate=true: one gate projection serves all heads.")
 
@@ -72,20 +69,25 @@ class LayerOptions:
         if isinstance(value, cls):
             return value
         if not isinstance(value, str):
-            raise PlanError(f"layer={value!r} is neither LayerOptions nor text such as 'hydrahead,conv=residual'.")
+            raise PlanError(f"layer={shown(value)} is neither LayerOptions nor text such as 'hydrahead,conv=residual'.")
         name, known = "default", {field.name for field in dataclasses.fields(cls)}
         changes: dict[str, Any] = {}
         for entry in filter(None, (part.strip() for part in value.split(","))):
             key, given, text = (part.strip() for part in entry.partition("="))
             if given and key not in known:
-                raise PlanError(f"layer={value!r}: no option is called {key!r}; there are {', '.join(sorted(known))}.")
+                raise PlanError(
+                    f"layer={shown(value)}: no option is called {shown(key)}; there are {', '.join(sorted(known))}."
+                )
+            if key in changes:
+                raise PlanError(f"layer={shown(value)}: {key} is given twice.")
             if given:
                 changes[key] = {"true": True, "false": False}.get(text.lower(), text)
             elif key in PRESETS and not changes:
                 name = key
             else:
                 raise PlanError(
-                    f"layer={value!r}: {key!r} is neither option=value nor a preset ({', '.join(PRESETS)}) at the beginning."
+                    f"layer={shown(value)}: {shown(key)} is neither option=value nor a preset ({', '.join(PRESETS)}) "
+                    "at the beginning."
                 )
         return dataclasses.replace(PRESETS[name], **changes)
 

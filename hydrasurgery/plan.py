@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from hydrasurgery.dialect.names import FULL, LINEAR
 from hydrasurgery.errors import PlanError
 from hydrasurgery.files import atomic_write_text, json_lines
+from hydrasurgery.json_files import load_json, parse_json, shown
 from hydrasurgery.options import LayerOptions
+from hydrasurgery.records import Bounds, Count, Name, Positive, Seed, check_record, read_record, read_value
 
 UNITS = ("head", "kv-group")
 FORMAT, VERSION = "hydrasurgery-plan", 1
+LATER = ("never", "budget", "layer")  # fields that the first plans lack
+MOST = Bounds(0, 2048)  # layers, and heads of a layer: several times those of the largest decoders
+Heads = Annotated[int, MOST]
+Width = Annotated[int, Bounds(1, 2**20)]
+Places = Annotated[tuple[tuple[Heads, Heads], ...], Bounds(0, 2048 * 2048)]
+Words = Annotated[tuple[Annotated[str, Bounds(0, 10_000)], ...], Bounds(0, 10_000)]
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,15 @@ class LayerPlan:
         window: Tokens that a query sees at most; None for all.
     """
 
-    name: str
-    kinds: tuple[str, ...]
-    num_key_value_heads: int
-    head_dim: int
-    value_dim: int
-    window: int | None = None
+    name: Name
+    kinds: Annotated[tuple[Name, ...], MOST]
+    num_key_value_heads: Heads
+    head_dim: Width
+    value_dim: Width
+    window: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_record(self, PlanError, f"layer {shown(self.name)}")
 
     @property
     def num_heads(self) -> int:
@@ -79,9 +89,12 @@ class ModelInfo:
         num_layers: Attention layers.
     """
 
-    architecture: str = ""
-    model_type: str = ""
-    num_layers: int = 0
+    architecture: Name = ""
+    model_type: Name = ""
+    num_layers: Count = 0
+
+    def __post_init__(self) -> None:
+        check_record(self, PlanError, "model")
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,9 @@ class Plan:
         versions: Package -> version, of when the plan was made.
         notes: Sentences on where the plan differs from what was asked.
         layer: How the hybrid layers are built.
+
+    Raises:
+        PlanError: a field is of another type or out of range.
 
     Example:
         >>> import hydrasurgery as hs
@@ -122,19 +138,22 @@ class Plan:
         True
     """
 
-    layers: tuple[LayerPlan, ...]
-    unit: str = "head"
-    strategy: str = "constrained"
-    ratio: str = "7:1"
-    min_full_per_layer: int = 1
-    keep: tuple[tuple[int, int], ...] = ()
-    never: tuple[tuple[int, int], ...] = ()
-    budget: str = "heads"
-    seed: int = 0
+    layers: Annotated[tuple[LayerPlan, ...], MOST]
+    unit: Name = "head"
+    strategy: Name = "constrained"
+    ratio: Name = "7:1"
+    min_full_per_layer: Heads = 1
+    keep: Places = ()
+    never: Places = ()
+    budget: Name = "heads"
+    seed: Seed = 0
     model: ModelInfo = ModelInfo()
-    versions: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    versions: Annotated[dict[str, Name], Bounds(0, 1000)] = field(default_factory=dict)
+    notes: Words = ()
     layer: LayerOptions = LayerOptions()
+
+    def __post_init__(self) -> None:
+        check_record(self, PlanError, "plan")
 
     @property
     def num_heads(self) -> int:
@@ -176,32 +195,16 @@ class Plan:
         """The plan of `value`, what `to_dict` gave. `source` names the file in a PlanError."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise PlanError(f"{source}: not a plan (its format is not {FORMAT}). Give a file written by Plan.save.")
-        if value.get("version") != VERSION:
+        if shown(value.get("version")) != str(VERSION):
             raise PlanError(
-                f"{source}: plan version {value.get('version')!r}, this hydrasurgery reads version {VERSION}. "
+                f"{source}: plan version {shown(value.get('version'))}, this hydrasurgery reads version {VERSION}. "
                 "Make the plan again with plan_heads, or install the version that wrote it."
             )
-        try:
-            plan = cls(
-                layers=tuple(_layer_from_dict(layer, source) for layer in value["layers"]),
-                unit=value["unit"],
-                strategy=value["strategy"],
-                ratio=value["ratio"],
-                min_full_per_layer=int(value["min_full_per_layer"]),
-                keep=tuple((int(layer), int(head)) for layer, head in value["keep"]),
-                never=tuple((int(layer), int(head)) for layer, head in value.get("never", ())),
-                budget=value.get("budget", "heads"),
-                seed=int(value["seed"]),
-                model=ModelInfo(**value["model"]),
-                versions=dict(value["versions"]),
-                notes=tuple(value["notes"]),
-                layer=_options_from_dict(value.get("layer", {}), source),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(
-                f"{source}: a field of the plan is missing or of the wrong type ({type(error).__name__}: {error}). "
-                "Compare it with a file written by Plan.save, or make the plan again with plan_heads."
-            ) from error
+        rest = {key: item for key, item in value.items() if key not in ("format", "version")}
+        if "layers" in rest:
+            saved = read_value(Annotated[tuple[_SavedLayer, ...], MOST], rest["layers"], f"{source}: layers", PlanError)
+            rest["layers"] = tuple(layer.plan() for layer in saved)
+        plan = read_record(cls, rest, source, PlanError, optional=LATER)
         plan._check_itself(source)
         return plan
 
@@ -213,11 +216,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:
         """Read `text`, which `to_json` gave. PlanError names `source` if it is not JSON, not a plan, or of another version."""
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{source}: not JSON ({error}). Give a file written by Plan.save.") from error
-        return cls.from_dict(value, source)
+        return cls.from_dict(parse_json(text, source, PlanError), source)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan to `path`, whole or not at all."""
@@ -226,11 +225,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read the plan that `save` wrote to `path`; PlanError if the file is missing or is not a plan."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{os.fspath(path)}: cannot be read as a plan ({error}). Check the path.") from error
-        return cls.from_json(text, source=os.fspath(path))
+        return cls.from_dict(load_json(path, PlanError), os.fspath(path))
 
     def validate(self, regions: Sequence[Any]) -> None:
         """Raise PlanError unless every layer and head of the plan is one of `regions` and the other way round.
@@ -255,13 +250,13 @@ class Plan:
         if not self.layers:
             raise PlanError(f"{source}: no layers. Make the plan again with plan_heads.")
         if self.unit not in UNITS:
-            raise PlanError(f"{source}: unit {self.unit!r} is not one of {', '.join(UNITS)}.")
+            raise PlanError(f"{source}: unit {shown(self.unit)} is not one of {', '.join(UNITS)}.")
         for layer in self.layers:
             if not layer.kinds:
                 raise PlanError(f"{source}: layer {layer.name} lists no heads. Every layer needs a kind for each head.")
             unknown = sorted(set(layer.kinds) - {FULL, LINEAR})
             if unknown:
-                raise PlanError(f"{source}: layer {layer.name} has the unknown head kind {unknown[0]!r}.")
+                raise PlanError(f"{source}: layer {layer.name} has the unknown head kind {shown(unknown[0])}.")
             if not 1 <= layer.num_key_value_heads <= layer.num_heads:
                 raise PlanError(
                     f"{source}: layer {layer.name} has {layer.num_key_value_heads} KV heads for {layer.num_heads} "
@@ -334,29 +329,28 @@ def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
     }
 
 
-def _layer_from_dict(value: dict[str, Any], source: str) -> LayerPlan:
-    name, heads = value["name"], int(value["num_heads"])
-    full = [int(head) for head in value["full"]]
-    unknown = [head for head in full if not 0 <= head < heads]
-    if unknown:
-        raise PlanError(
-            f"{source}: layer {name} keeps the unknown head {unknown[0]}; it has {heads} heads, numbered from 0."
-        )
-    return LayerPlan(
-        name=str(name),
-        kinds=tuple(FULL if head in full else LINEAR for head in range(heads)),
-        num_key_value_heads=int(value["num_key_value_heads"]),
-        head_dim=int(value["head_dim"]),
-        value_dim=int(value["value_dim"]),
-        window=None if value["window"] is None else int(value["window"]),
-    )
+@dataclass(frozen=True)
+class _SavedLayer:
+    """A layer as its file has it: the numbers of the heads that stay full."""
 
+    name: Name
+    num_heads: Heads
+    num_key_value_heads: Heads
+    head_dim: Width
+    value_dim: Width
+    window: Positive | None
+    full: Annotated[tuple[Heads, ...], MOST]
 
-def _options_from_dict(value: dict[str, Any], source: str) -> LayerOptions:
-    try:
-        return LayerOptions(**value)
-    except PlanError as error:
-        raise PlanError(f"{source}: {error}") from error
+    def __post_init__(self) -> None:
+        unknown = [head for head in self.full if head >= self.num_heads]
+        if unknown or len(set(self.full)) < len(self.full):
+            what = f"the unknown head {unknown[0]}" if unknown else "a head twice"
+            raise PlanError(f"layer {self.name} keeps {what}; it has {self.num_heads} heads, numbered from 0")
+
+    def plan(self) -> LayerPlan:
+        full = set(self.full)
+        kinds = tuple(FULL if head in full else LINEAR for head in range(self.num_heads))
+        return LayerPlan(self.name, kinds, self.num_key_value_heads, self.head_dim, self.value_dim, self.window)
 
 
 def _check_layer(layer: LayerPlan, region: Any, made_for: str) -> None:

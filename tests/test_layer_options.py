@@ -270,9 +270,13 @@ def test_options_are_text_and_back() -> None:
         ("hydra", "'hydra' is neither option=value nor a preset"),
         ("conv=none,hydrahead", "'hydrahead' is neither .* at the beginning"),
         ("norm=paper", "no option is called 'norm'; there are conv, full_gate"),
-        ("conv=4", "conv='4' is not one of residual, native, none"),
-        ("untie=yes", "untie='yes' is not one of true, false"),
+        ("conv=4", "conv is '4'; give one of residual, native, none"),
+        ("untie=yes", "untie is 'yes'; give true or false"),
         ("gate=false,full_gate=true", "full_gate=true needs gate=true"),
+        ("conv=none,conv=native", "conv is given twice"),
+        ("gate=false," * 2, "gate is given twice"),
+        ("x" * 10**6, r"^.{,300}$"),
+        ("rule=" + "x" * 10**6, r"^.{,300}$"),
         (4, "layer=4 is neither LayerOptions nor text"),
     ],
 )
@@ -303,7 +307,7 @@ def test_a_plan_keeps_its_layer_and_a_rewrite_may_change_it(tmp_path: Path) -> N
     assert hs.Plan.load(plan.save(tmp_path / "plan.json")) == plan
     older = {key: value for key, value in plan.to_dict().items() if key != "layer"}
     assert hs.Plan.from_dict(older).layer == hs.LayerOptions()
-    with pytest.raises(PlanError, match="plan: layer option conv='x'"):
+    with pytest.raises(PlanError, match="plan: layer.conv is 'x'"):
         hs.Plan.from_dict({**plan.to_dict(), "layer": {"conv": "x"}})
     for layer in (None, "conv=none"):
         hybrid = hs.rewrite(model, plan, layer=layer)

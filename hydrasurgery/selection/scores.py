@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydrasurgery.errors import DataError
 from hydrasurgery.files import atomic_write_text, json_lines
-from hydrasurgery.plan import UNITS, ModelInfo, layer_shape
+from hydrasurgery.json_files import load_json, parse_json, shown
+from hydrasurgery.plan import MOST, UNITS, Heads, ModelInfo, Width, Words, layer_shape
+from hydrasurgery.records import Bounds, Count, Name, Positive, Seed, read_record
 from hydrasurgery.selection.plots import draw_coverage, draw_heat_maps, draw_histogram
 
 FORMAT, VERSION = "hydrasurgery-scores", 1
 CRITICAL = 0.01  # paper section 2: an effect above this counts
 SHOWN = 12
+FILE_BYTES = 256 * 2**20  # pairs by heads by layers, at most
+Row = Annotated[tuple[float, ...], MOST]
 PICTURES = ("map", "groups", "histogram", "coverage")
 
 
@@ -37,15 +39,15 @@ class LayerScores:
     Example: see `HeadScores`.
     """
 
-    name: str
-    num_key_value_heads: int
-    head_dim: int
-    value_dim: int
-    window: int | None
-    importance: tuple[float, ...]
-    spread: tuple[float, ...]
-    error: tuple[float, ...] | None = None
-    samples: tuple[tuple[float, ...], ...] = ()
+    name: Name
+    num_key_value_heads: Heads
+    head_dim: Width
+    value_dim: Width
+    window: Positive | None
+    importance: Row
+    spread: Row
+    error: Row | None = None
+    samples: tuple[Row, ...] = ()
 
     @property
     def num_heads(self) -> int:
@@ -82,17 +84,17 @@ class HeadScores:
         True
     """
 
-    layers: tuple[LayerScores, ...]
-    method: str
-    unit: str = "head"
+    layers: Annotated[tuple[LayerScores, ...], MOST]
+    method: Name
+    unit: Name = "head"
     model: ModelInfo = field(default_factory=ModelInfo)
-    seed: int = 0
-    length: tuple[int, ...] = ()
-    pairs: int = 0
-    dropped: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    replay: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
+    seed: Seed = 0
+    length: tuple[Positive, ...] = ()
+    pairs: Count = 0
+    dropped: Words = ()
+    tasks: tuple[Name, ...] = ()
+    replay: Name = ""
+    versions: Annotated[dict[str, Name], Bounds(0, 1000)] = field(default_factory=dict)
 
     @property
     def ranking(self) -> list[tuple[int, int]]:
@@ -109,29 +111,23 @@ class HeadScores:
     @classmethod
     def from_json(cls, text: str, source: str = "scores") -> HeadScores:
         """Read `text`, which `to_json` gave. DataError names `source` if it is not a score file of this version."""
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}: not JSON ({error}). Give a file written by HeadScores.save.") from error
-        if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
+        return cls.from_dict(parse_json(text, source, DataError), source)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "scores") -> HeadScores:
+        """The scores in `value`, the data of what `to_json` gave. `source` names the file in a DataError."""
+        if not isinstance(value, dict) or value.get("format") != FORMAT or shown(value.get("version")) != str(VERSION):
             raise DataError(
                 f"{source}: not a score file of version {VERSION}. Give one that HeadScores.save wrote, or score again."
             )
-        fields: dict[str, Any] = {
-            key: tuple(item) if isinstance(item, list) else item
-            for key, item in value.items()
-            if key not in ("format", "version", "layers", "model")
-        }
-        try:
-            scores = cls(
-                layers=tuple(_layer(layer) for layer in value["layers"]), model=ModelInfo(**value["model"]), **fields
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{source}: a field of the scores is missing or unknown ({type(error).__name__}: {error}). Score again."
-            ) from error
+        fields = {key: item for key, item in value.items() if key not in ("format", "version")}
+        scores = read_record(cls, fields, source, DataError)
+        for number, layer in enumerate(scores.layers):
+            _check_layer(layer, f"{source}: layers[{number}]")
+        if not scores.layers:
+            raise DataError(f"{source}: no layers. Score again.")
         if scores.unit not in UNITS:
-            raise DataError(f"{source}: scores are per {scores.unit!r}, but units are {', '.join(UNITS)}.")
+            raise DataError(f"{source}: scores are per {shown(scores.unit)}, but units are {', '.join(UNITS)}.")
         return scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -141,11 +137,7 @@ class HeadScores:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
         """Read the scores that `save` wrote to `path`; DataError if the file is missing or is something else."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{os.fspath(path)}: cannot be read as scores ({error}). Check the path.") from error
-        return cls.from_json(text, source=os.fspath(path))
+        return cls.from_dict(load_json(path, DataError, FILE_BYTES), os.fspath(path))
 
     def plot(self, path: str | os.PathLike[str], kind: str = "map") -> Path:
         """Draw the scores (PNG).
@@ -199,12 +191,9 @@ class HeadScores:
         return "\n".join(lines)
 
 
-def _layer(value: dict[str, Any]) -> LayerScores:
-    value = {"samples": (), **value}
-    rows = {key: tuple(map(float, value[key])) for key in ("importance", "spread")}
-    error = None if value["error"] is None else tuple(map(float, value["error"]))
-    samples = tuple(tuple(map(float, row)) for row in value["samples"])
-    lists = [row for row in (*rows.values(), error, *samples) if row is not None]
-    if len({len(row) for row in lists}) != 1 or not all(math.isfinite(x) for row in lists for x in row):
-        raise ValueError(f"{value['name']} needs one finite number per head")
-    return LayerScores(**{**value, **rows, "error": error, "samples": samples})
+def _check_layer(layer: LayerScores, where: str) -> None:
+    rows = [layer.importance, layer.spread, *layer.samples, *([] if layer.error is None else [layer.error])]
+    if {len(row) for row in rows} != {layer.num_heads} or not 1 <= layer.num_key_value_heads <= layer.num_heads:
+        raise DataError(
+            f"{where} ({layer.name}) needs one number per head in each of its lists, and 1 to as many KV heads. Score again."
+        )

@@ -9,14 +9,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from hydrasurgery.errors import RecipeError
 from hydrasurgery.files import atomic_write_json
+from hydrasurgery.json_files import load_json, shown
+from hydrasurgery.records import Bounds, Name, Positive, check_record, read_record
 
 StageName = Literal["align", "distil", "lengthen"]
-_POSITIVE = ("batch_size", "length", "micro_batch", "steps", "tokens", "clip", "lr")
-_NOT_NEGATIVE = ("lr_end", "warmup", "weight_decay", "ce_weight", "body_lr")
+Steps = Annotated[int, Bounds(1, 10**9)]
+Rate = Annotated[float, Bounds(0, 1000)]
+Share = Annotated[float, Bounds(0, 1, "[)")]
+WARMUP = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -54,39 +58,33 @@ class Stage:
     """
 
     name: StageName
-    batch_size: int
-    length: int
-    lr: float
-    lr_end: float
-    steps: int | None = None
-    tokens: int | None = None
-    warmup: int = 50
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    ce_weight: float = 0.0
-    body_lr: float = 1.0
+    batch_size: Annotated[int, Bounds(1, 10**6)]
+    length: Annotated[int, Bounds(1, 10**8)]
+    lr: Annotated[float, Bounds(0, 1000, "(]")]
+    lr_end: Rate
+    steps: Steps | None = None
+    tokens: Positive | None = None
+    warmup: Annotated[int, Bounds(0, 10**9)] = WARMUP
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Rate = 0.0
+    clip: Annotated[float, Bounds(0, 10**9, "(]")] | None = 1.0
+    ce_weight: Annotated[float, Bounds(0, 10**6)] = 0.0
+    body_lr: Annotated[float, Bounds(0, 10**6)] = 1.0
     trainable: Literal["additions", "all"] | None = None
     freeze_full_qk: bool = False
-    micro_batch: int | None = None
+    micro_batch: Annotated[int, Bounds(1, 10**6)] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if self.name not in ("align", "distil", "lengthen"):
-            raise RecipeError(f"stage {self.name!r}: the name must be 'align', 'distil' or 'lengthen'")
+        check_record(self, RecipeError, f"stage {shown(self.name)}")
         if self.trainable is None:
             object.__setattr__(self, "trainable", "additions" if self.name == "align" else "all")
-        if self.trainable not in ("additions", "all"):
-            raise RecipeError(f"stage {self.name!r}: trainable must be 'additions' or 'all', not {self.trainable!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise RecipeError(f"stage {self.name!r}: betas must be two numbers from 0 to below 1, not {self.betas}")
         if (self.steps is None) == (self.tokens is None):
             raise RecipeError(f"stage {self.name!r}: give either steps or tokens")
-        for field in (*_POSITIVE, *_NOT_NEGATIVE):
-            value = getattr(self, field)
-            if value is not None and not (value > 0 or (value == 0 and field in _NOT_NEGATIVE)):
-                bound = "positive" if field in _POSITIVE else "0 or more"
-                raise RecipeError(f"stage {self.name!r}: {field} must be {bound}, not {value}")
+        if self.warmup > max(self.num_steps, WARMUP):
+            raise RecipeError(
+                f"stage {self.name!r}: warmup {self.warmup} is longer than the stage's {self.num_steps} steps, which would all "
+                "run at a rate near 0"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -124,36 +122,32 @@ class Recipe:
         True
     """
 
-    name: str
-    stages: tuple[Stage, ...]
+    name: Name
+    stages: Annotated[tuple[Stage, ...], Bounds(0, 1000)]
     autocast: Literal["bfloat16"] | None = None
-    checkpoint_every: int = 500
+    checkpoint_every: Steps = 500
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
+        check_record(self, RecipeError, f"recipe {shown(self.name)}")
         if not self.stages:
             raise RecipeError(f"recipe {self.name!r} has no stage")
-        if self.autocast not in (None, "bfloat16"):
-            raise RecipeError(f"recipe {self.name!r}: autocast must be 'bfloat16' or None, not {self.autocast!r}")
-        if self.checkpoint_every < 1:
-            raise RecipeError(f"recipe {self.name!r}: checkpoint_every must be positive, not {self.checkpoint_every}")
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-ready data; `from_json` reads it back."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+    def from_json(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
         """Build a recipe from `data`, which `to_json` gave.
 
+        Args:
+            data: the recipe.
+            source: the file's name, with which errors begin.
+
         Raises:
-            RecipeError: a field is missing, unknown or out of range.
+            RecipeError: a field is missing, unknown, of another type or out of range; the message names it.
         """
-        try:
-            stages = tuple(Stage(**stage) for stage in data["stages"])
-            return cls(**{**data, "stages": stages})
-        except (KeyError, TypeError) as error:
-            raise RecipeError(f"not a recipe: {error}") from error
+        return read_record(cls, dict(data) if isinstance(data, Mapping) else data, source, RecipeError)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the recipe to `path` as JSON."""
@@ -166,10 +160,7 @@ class Recipe:
         Raises:
             RecipeError: the file is missing or holds no recipe.
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{os.fspath(path)} cannot be read as a recipe: {error}") from error
+        return cls.from_json(load_json(path, RecipeError), os.fspath(path))
 
 
 RECIPES: dict[str, Recipe] = {
