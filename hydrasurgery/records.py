@@ -11,6 +11,7 @@
 
     stage = read_record(Stage, load_json(path, RecipeError), path, RecipeError)
 
+Fields are of type bool, int, float, str, `Literal[...]`, `X | None`, a tuple, `dict[str, X]` or a record; others are not checked.
 Types are exact: no number is cut to a whole one, true is no number, and no number is NaN or infinite. An error names the file, the
 place in it (`stages[1].ce_weight`), what was found there and what to give.
 """
@@ -190,6 +191,9 @@ def _reader(kind: Any) -> Read:
     def sized(value: Any) -> Any:
         return value if bounds is None or bounds.hold(len(value)) else refuse(value)
 
+    def plain(value: Any) -> Any:
+        return sized(value) if isinstance(value, kind) else refuse(value)
+
     def number(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
             refuse(value)
@@ -231,9 +235,9 @@ def _reader(kind: Any) -> Read:
 
     if dataclasses.is_dataclass(kind):
         return lambda value: _fields(kind, value)
-    if origin in (Union, types.UnionType):
-        (some,) = (Annotated[choice, bounds] if bounds else choice for choice in choices if choice is not type(None))
+    if origin in (Union, types.UnionType) and len(choices) == 2 and choices[1] is type(None):
+        some = choices[0]
         return optional
     endless = choices[-1:] == (Ellipsis,)
-    plain = {int: number, float: number, Literal: literal, tuple: items, dict: entries}.get(origin or kind)
-    return plain or (lambda value: sized(value) if isinstance(value, kind) else refuse(value))
+    readers = {bool: plain, str: plain, int: number, float: number, Literal: literal, tuple: items, dict: entries}
+    return readers.get(origin or kind, lambda value: value)

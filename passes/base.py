@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 
 from hydrasurgery.errors import PipelineError, PostconditionError, PreconditionError
 from hydrasurgery.ir.region import Region
+from hydrasurgery.json_files import parse_json, shown
+from hydrasurgery.records import check_record
 
 
 class PassResult(NamedTuple):
@@ -30,8 +32,8 @@ class Pass:
 
     `run_pipeline` gives a pass a draft of the region, which it may change in place, and takes the draft only if nothing
     fails. A draft has graphs and modules of its own over the same parameters: a pass gives a module another parameter, and never
-    writes into one, which could not be undone. Options are of type bool, int, float, str or `Literal[...]`, and are checked when
-    a pass is made.
+    writes into one, which could not be undone. Options are of type bool, int, float, str or `Literal[...]`, or such
+    a type with bounds (`Annotated[int, Bounds(0, 9)]`), and are checked when a pass is made.
 
     Attributes:
         name: as in a pipeline string.
@@ -65,10 +67,7 @@ class Pass:
     keeps_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for option, kind in option_types(type(self)).items():
-            value = getattr(self, option)
-            if not _allows(kind, value):
-                raise PipelineError(f"{self.name}: option {option}={value!r} is not {describe(kind)}")
+        check_record(self, PipelineError, self.name)
 
     def requires(self, region: Region) -> None:
         """Raise PreconditionError (by `need`) if `region` is not in the form that this pass needs."""
@@ -131,47 +130,30 @@ def register(cls: type[Pass]) -> type[Pass]:
 
 
 def option_types(cls: type[Pass]) -> dict[str, Any]:
-    """The options of a pass with their types, in order."""
+    """The options of a pass with their types, in order; bounds left out."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def read_option(cls: type[Pass], option: str, text: str) -> Any:
-    """An option's value from a pipeline string: `true` or `false`, a number, or one of the choices.
+    """An option's value from a pipeline string: `true` or `false`, a number, or one of the choices; text that is none stays text.
 
     Raises:
-        PipelineError: naming the option and what it may be.
+        PipelineError: the pass has no such option.
     """
     kinds = option_types(cls)
     if option not in kinds:
-        raise PipelineError(f"pass {cls.name!r} has no option {option!r}; it has: {', '.join(sorted(kinds)) or 'none'}")
+        has = ", ".join(sorted(kinds)) or "none"
+        raise PipelineError(f"pass {cls.name!r} has no option {shown(option)}; it has: {has}")
     kind = kinds[option]
+    if get_origin(kind) is Literal:
+        return {str(choice): choice for choice in get_args(kind)}.get(text, text)
+    if kind is str:
+        return text
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if kind in (int, float):
-            return kind(text)
-        if get_origin(kind) is Literal:
-            return {str(choice): choice for choice in get_args(kind)}[text]
-    except (KeyError, ValueError):
-        raise PipelineError(f"pass {cls.name!r}: option {option}={text} is not {describe(kind)}") from None
-    return text
-
-
-def describe(kind: Any) -> str:
-    """What values an option of this type takes, in words."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    return words.get(kind, str(kind))
-
-
-def _allows(kind: Any, value: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is kind if kind in (bool, int, str) else True
+        return parse_json(text.lower(), option, PipelineError)
+    except PipelineError:
+        return text  # which the pass refuses, with what it wants instead
 
 
 def _text(value: Any) -> str:

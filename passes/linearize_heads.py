@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, l2_norm, rotate
 from hydrasurgery.options import TAPS
 from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.passes.canonicalize_rotary import rotations, unrotated
+from hydrasurgery.records import Bounds
 
 
 @register
@@ -32,11 +33,10 @@ class LinearizeHeads(Pass):
     name: ClassVar[str] = "linearize-heads"
     exact: ClassVar[bool] = False
     rule: Rule = "gated_delta"
-    conv: int = TAPS
+    conv: Annotated[int, Bounds(0, 256)] = TAPS
     conv_kind: Literal["residual", "native"] = "residual"
 
     def requires(self, region: Region) -> None:
-        self.need(region, self.conv >= 0, f"conv is {self.conv}: give the taps of the convolution, or 0 for none")
         late = self.conv and self.conv_kind == "native"
         self.need(region, not late or "rotary" in region.options, "run canonicalize-rotary first: conv_kind is native")
         self.need(region, not region.threaded, "run it before thread-state: the graph has a cache")

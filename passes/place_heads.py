@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import fx
 
@@ -14,6 +14,7 @@ from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import LOG_LENGTH, scale_by_length
 from hydrasurgery.passes.base import Pass, PassResult, register
 from hydrasurgery.passes.canonicalize_rotary import rotations, unrotated
+from hydrasurgery.records import Bounds
 
 
 @register
@@ -31,7 +32,7 @@ class PlaceHeads(Pass):
     full_rope: bool = True
     linear_rope: bool = True
     log_length: bool = False
-    a: float = LOG_LENGTH
+    a: Annotated[float, Bounds(1, 10**9, "(]")] = LOG_LENGTH
 
     def requires(self, region: Region) -> None:
         drops = not (self.full_rope and self.linear_rope)

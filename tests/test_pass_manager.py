@@ -272,15 +272,31 @@ def test_a_recurrent_state_in_half_precision_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("place-heads{full_rope=no}", r"option full_rope=no is not true or false"),
-        ("linearize-heads{conv=abc}", r"option conv=abc is not a whole number"),
-        ("linearize-heads{conv=4.0}", r"option conv=4\.0 is not a whole number"),
-        ("place-heads{a=big}", r"option a=big is not a number"),
-        ("linearize-heads{rule=rnn}", r"option rule=rnn is not one of linear, gated, delta, gated_delta"),
-        ("fuse-heads{full_norm=}", r"option full_norm= is not one of exact, paper"),
+        ("place-heads{full_rope=no}", r"full_rope is 'no'; give true or false"),
+        ("linearize-heads{conv=abc}", r"conv is 'abc'; give a whole number from 0 to 256"),
+        ("linearize-heads{conv=4.0}", r"conv is 4\.0; give a whole number"),
+        ("place-heads{a=big}", r"a is 'big'; give a number from above 1"),
+        ("linearize-heads{rule=rnn}", r"rule is 'rnn'; give one of linear, gated, delta, gated_delta"),
+        ("fuse-heads{full_norm=}", r"full_norm is ''; give one of exact, paper"),
         ("fuse-heads{gates=true}", r"has no option 'gates'; it has: full_gate, full_norm, gate"),
         ("split-heads,melt-heads", r"no pass is called 'melt-heads'"),
         ("split-heads{", r"is not of the form"),
+        ("split-heads,,fuse-heads", r"is not of the form .*: ',fuse-heads'"),
+        ("linearize-heads{conv=-1}", r"conv is -1; give a whole number from 0"),
+        ("linearize-heads{conv=999999999999999999999}", r"conv is 999999999999999999999; give"),
+        ("linearize-heads{conv=" + "9" * 5000 + "}", r"conv is '9+'\.\.\.; give"),
+        ("linearize-heads{conv=" + "[" * 5000 + "}", r"conv is '\[+'\.\.\.; give"),
+        ("linearize-heads{conv=" + "-" * 5000 + "}", r"conv is '-+'\.\.\.; give"),
+        ("linearize-heads{conv=true}", r"conv is true; give"),
+        ("linearize-heads{conv=1_0}", r"conv is '1_0'; give"),
+        ("linearize-heads{conv=2,conv=4}", r"linearize-heads: option conv is given twice"),
+        ("place-heads{a=nan}", r"a is 'nan'; give a number"),
+        ("place-heads{a=1e999}", r"a is '1e999'; give a number"),
+        ("place-heads{a=1}", r"a is 1; give a number from above 1"),
+        ("-" * 9000, r"no pass is called '-+'\.\.\.; known"),
+        ("-" * 100_000, r"at most 10000 characters"),
+        ("split-heads," * 1000, r"at most 10000 characters"),
+        (None, r"not null"),
     ],
 )
 def test_options_of_a_pipeline_are_typed(text: str, reason: str) -> None:
@@ -292,9 +308,9 @@ def test_false_is_false() -> None:
     for text in ("false", "False"):
         assert parse(f"place-heads{{full_rope={text}}}")[0] == parse("place-heads{full_rope=false}")[0]
         assert parse(f"place-heads{{full_rope={text}}}")[0].full_rope is False  # type: ignore[attr-defined]
-    with pytest.raises(PipelineError, match="linearize-heads: option conv='abc' is not a whole number"):
+    with pytest.raises(PipelineError, match="linearize-heads: conv is 'abc'; give a whole number"):
         REGISTRY["linearize-heads"](conv="abc")  # type: ignore[call-arg]
-    with pytest.raises(PipelineError, match="place-heads: option full_rope='false' is not true or false"):
+    with pytest.raises(PipelineError, match="place-heads: full_rope is 'false'; give true or false"):
         REGISTRY["place-heads"](full_rope="false")  # type: ignore[call-arg]
 
 
