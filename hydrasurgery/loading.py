@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,8 @@ from torch import nn
 
 from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
+from hydrasurgery.json_files import load_json, shown
+from hydrasurgery.records import Bounds, read_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +24,16 @@ JSON_FILES = ("config.json", "generation_config.json", INDEX)
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 SHOWN = 3  # names in a message
-# What transformers raises for a folder, a hub name, a config or a weight that it cannot read.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# Sizes that a config.json may state: transformers builds whatever it says, a layer after the other.
+LAYERS = Annotated[int, Bounds(1, 2048)]
+WIDTH = Annotated[int, Bounds(1, 2**31 - 1)]
+SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), WIDTH
+    ),
+    **dict.fromkeys(("intermediate_size", "vocab_size"), WIDTH),
+}
 
 
 def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -38,20 +47,28 @@ def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
         CheckpointError: a file is missing, truncated or not JSON, or a tensor that the model needs is not in the
             checkpoint; the message names the file or the tensor.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     check_files(path)
     name = os.fspath(path)
+    options: Any = {"trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except Exception as error:  # a config class checks its own values in ways of its own
+        raise CheckpointError(
+            f"{os.path.join(name, 'config.json')}: not a config that transformers can read ({type(error).__name__}: {error}); give "
+            "a folder that save_pretrained wrote, or the name of a model on the hub"
+        ) from error
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except HydraError as error:  # the surgery in its config.json, which does not know the file
         raise type(error)(f"{name}: {error}") from error
-    except UNREADABLE as error:
+    except Exception as error:
         raise CheckpointError(
-            f"{name}: cannot be loaded as a model ({type(error).__name__}: {error}); give a folder with config.json and "
-            "safetensors files, or the name of a model on the hub"
+            f"{name}: cannot be loaded as a model ({_mismatch(path, config) or f'{type(error).__name__}: {error}'}); give a folder "
+            "with config.json and safetensors files, or the name of a model on the hub"
         ) from error
     model, report = loaded
     _check_report(name, report)
@@ -99,9 +116,10 @@ def check_files(path: str | os.PathLike[str]) -> None:
         if folder.exists() or not HUB_NAME.fullmatch(name):
             raise CheckpointError(f"{name}: no such folder; give a folder that save_pretrained wrote, or a hub name")
         return
-    values = {file: _json(folder / file) for file in JSON_FILES if (folder / file).exists()}
+    values = {file: _object(folder / file) for file in JSON_FILES if (folder / file).exists()}
     if "config.json" not in values:
         raise CheckpointError(f"{folder / 'config.json'}: missing; give a folder that save_pretrained wrote")
+    _check_sizes(values["config.json"], folder / "config.json")
     for file in _weight_files(folder, values.get(INDEX)):
         try:
             with safe_open(file, framework="pt"):
@@ -134,21 +152,60 @@ def share_parameters(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
     return shared
 
 
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); save the model again") from error
+def _object(file: Path) -> dict[str, Any]:
+    value = load_json(file, CheckpointError)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: holds {shown(value)}, not an object; save the model again")
+    return value
 
 
-def _weight_files(folder: Path, index: Any) -> list[Path]:
-    """The safetensors files that transformers will read."""
+def _check_sizes(config: dict[str, Any], file: Path) -> None:
+    """What a config and the configs of its parts say of sizes; null and lists, one value a layer, are the model's matter."""
+    parts = {
+        f"{key}.": part for key, part in config.items() if key.endswith("_config") and key != "quantization_config"
+    }
+    for place, part in {"": config, **parts}.items():
+        for key in SIZES.keys() & part.keys() if isinstance(part, dict) else ():
+            if not (part[key] is None or isinstance(part[key], list)):
+                read_value(SIZES[key], part[key], f"{file}: {place}{key}", CheckpointError)
+
+
+def _weight_files(folder: Path, index: dict[str, Any] | None) -> list[Path]:
+    """The safetensors files that transformers will read; the index may name files of its own folder only."""
     if (folder / "model.safetensors").exists() or index is None:
         return [folder / "model.safetensors"]
+    names = read_value(
+        dict[str, str], index.get("weight_map"), f"{folder / INDEX}: weight_map", CheckpointError
+    ).values()
+    strange = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
+    if strange:
+        raise CheckpointError(
+            f"{folder / INDEX}: weight_map names {shown(strange[0])}, which is no safetensors file of its folder; "
+            "save the model again"
+        )
+    return [folder / file for file in sorted(set(names))]
+
+
+def _mismatch(path: str | os.PathLike[str], config: Any) -> str:
+    """The first tensor whose shape in the files of a folder is not what its config makes it; empty if there is none."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return ""
     try:
-        return [folder / file for file in sorted(set(index["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX}: holds no weight_map; save the model again") from error
+        with torch.device("meta"):
+            made = {name: list(x.shape) for name, x in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        index = _object(folder / INDEX) if (folder / INDEX).exists() else None
+        for file in _weight_files(folder, index):
+            with safe_open(file, framework="pt") as tensors:
+                found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            for name in found.keys() & made.keys():
+                if found[name] != made[name]:
+                    return f"{file.name} holds {name} of shape {found[name]}, but config.json makes it {made[name]}"
+    except Exception:  # the config makes no model at all, which is what the caller reports
+        return ""
+    return ""
 
 
 def _check_report(name: str, report: dict[str, Any]) -> None:
