@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-hostile lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+# Broken files, kills and full disks, the slow ones too: for every night rather than every change.
+test-hostile: $(VENV)/installed
+	$(RUN) -m pytest -n 2 -m "slow or not slow" tests/hostile $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -60,6 +60,10 @@ class RecipeError(HydraError):
     """A transfer recipe has a field out of range, or its file is not a recipe."""
 
 
+class OutputError(HydraError):
+    """A file or folder cannot be written: no place for it, something there that would be lost, a disk that is full."""
+
+
 class ExportError(HydraError):
     """A model cannot be written for a target: an op or opset it lacks, a path that exists, a disk that is full."""
 

@@ -73,13 +73,11 @@ def bench_table(rows: Sequence[Row]) -> Table:
 
 def plot(rows: Iterable[Row], path: Path) -> None:
     """Milliseconds over size, one panel per suite, the floor dashed. Needs matplotlib (`pip install 'hydrasurgery[plot]'`)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'hydrasurgery[plot]'") from error
+    from hydrasurgery.selection.plots import new_figure, save_figure
+
     timed = [row for row in rows if "ms" in row]
     suites = list(dict.fromkeys(row["suite"] for row in timed))
-    figure = Figure(figsize=(4.5 * max(1, len(suites)), 4), layout="constrained")
+    figure = new_figure((4.5 * max(1, len(suites)), 4))
     for axes, suite in zip(figure.subplots(1, max(1, len(suites)), squeeze=False)[0], suites, strict=False):
         own = [row for row in timed if row["suite"] == suite]
         for contender in dict.fromkeys(row["contender"] for row in own):
@@ -89,7 +87,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         axes.plot(*zip(*floor, strict=True), "k--", marker="_", label="floor")
         axes.set(title=suite, xlabel="size", ylabel="ms", xscale="log", yscale="log")
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _grouped(choices: dict[torch.dtype, Choice]) -> list[tuple[str, Choice]]:

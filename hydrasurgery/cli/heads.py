@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from hydrasurgery.choose import plan_heads
-from hydrasurgery.cli.shared import LAYER, Count, Device, Length, Model, Seed, on_device
+from hydrasurgery.cli.outputs import check_outputs, shown_if_lost
+from hydrasurgery.cli.shared import AUTO, LAYER, Count, Device, Length, Model, Seed, on_device
 from hydrasurgery.loading import load_model, load_tokenizer
 from hydrasurgery.plan import Plan
 
@@ -24,7 +25,7 @@ def score(
         str, typer.Option(help="activation-patching, attribution-patching, path-patching, mean-ablation, swap, ...")
     ] = "activation-patching",
     probes: Annotated[str, typer.Option(help="needle-1, needle-4, variables, facts, sums.")] = "needle-1,needle-4",
-    device: Device = "auto",
+    device: Device = AUTO,
 ) -> None:
     """Measure how much each head matters, by default for retrieval.
 
@@ -32,11 +33,13 @@ def score(
     """
     from hydrasurgery.selection import score_heads
 
+    check_outputs([model], files=[out], pictures=[plot])
     decoder = on_device(load_model(model), device)
     tokenizer = load_tokenizer(model, decoder)
     names = [name.strip() for name in probes.split(",")]
     scores = score_heads(decoder, tokenizer, method=method, probes=names, length=length, count=count, seed=seed)
-    scores.save(out)
+    with shown_if_lost(scores.to_json):
+        scores.save(out)
     typer.echo(str(scores))
     if plot is not None:
         scores.plot(plot)
@@ -73,6 +76,7 @@ def plan(
 
     if (scores is None) == (model is None):
         raise typer.BadParameter("give either --scores or --model")
+    check_outputs([scores, model], files=[out], pictures=[plot])
     kept, left = ([_head(text, name) for text in given or ()] for given, name in ((keep, "--keep"), (never, "--never")))
     source: Any = HeadScores.load(scores) if scores is not None else load_model(str(model))
     made = plan_heads(
@@ -90,7 +94,8 @@ def plan(
         tie=tie,
         layer=layer,
     )
-    made.save(out)
+    with shown_if_lost(made.to_json):
+        made.save(out)
     typer.echo(f"{made}\n\n{forecast(made, length=length)}")
     if plot is not None:
         from hydrasurgery.selection.plots import draw_plan
@@ -123,7 +128,7 @@ def plot(
     length: Length = None,
     count: Count = 12,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Device = AUTO,
 ) -> None:
     """Draw scores; ablation runs the model with its top, bottom and random heads ablated.
 
@@ -131,6 +136,7 @@ def plot(
     """
     from hydrasurgery.selection import HeadScores, ablation_curve, probe_pairs
 
+    check_outputs([scores, model], pictures=[out])
     loaded = HeadScores.load(scores)
     if kind != "ablation":
         loaded.plot(out, kind)
@@ -140,8 +146,8 @@ def plot(
     decoder = on_device(load_model(model), device)
     pairs = probe_pairs(decoder, load_tokenizer(model, decoder), length=length, count=count, seed=seed)
     curve = ablation_curve(decoder, loaded, pairs, seed=seed)
-    curve.plot(out)
     typer.echo(str(curve))
+    curve.plot(out)
 
 
 def _head(text: str, option: str) -> tuple[int, int]:

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from hydrasurgery.cli.shared import Device, device_of, wide_console
-from hydrasurgery.files import atomic_write_json
+from hydrasurgery.cli.outputs import check_outputs, shown_if_lost
+from hydrasurgery.cli.shared import AUTO, Device, wide_console
+from hydrasurgery.files import atomic_write_json, is_stream, json_text
 
 
 def kernels(
-    device: Device = "auto",
+    device: Device = AUTO,
     head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
 ) -> None:
     """Show which kernel runs each operator on this machine, and why each other one does not.
@@ -22,14 +23,14 @@ def kernels(
     from hydrasurgery.bench.report import kernels_table
     from hydrasurgery.kernels.registry import machine_of
 
-    wide_console().print(kernels_table(machine_of(device_of(device)), head_dim))
+    wide_console().print(kernels_table(machine_of(device), head_dim))
 
 
 def bench(
     suites: Annotated[
         list[str] | None, typer.Argument(metavar="[SUITE]...", help="Suites; all if none is named.")
     ] = None,
-    device: Device = "auto",
+    device: Device = AUTO,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     size: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens or sequences, instead of the suite's own.")
@@ -59,23 +60,27 @@ def bench(
     types = {str(known).removeprefix("torch."): known for known in TOLERANCE}
     if dtype not in types:
         raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(types)}")
-    console, place = wide_console(), device_of(device)
-    rows = []
+    check_outputs([], files=[out], pictures=[plot])
+    console = wide_console()
+    rows: list[dict[str, Any]] = []
+    kept = None if out is None or is_stream(out) else out  # measuring takes long, so a file has each row at once
 
     def keep(row: dict[str, Any]) -> None:
-        """Measuring takes long, so each row goes to disk at once."""
         rows.append(row)
+        if kept is not None:
+            atomic_write_json(kept, rows)
+
+    with shown_if_lost(lambda: json_text(rows)):
+        with console.status("measuring") as status:
+            for row in measure(names, device, dtype=types[dtype], sizes=size, skip=skip or ()):
+                keep(row)
+                status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
+            if cold and device.type == "cuda":
+                for name in names:
+                    if name != "layer":
+                        keep(first_calls(name, "hydra"))
         if out is not None:
             atomic_write_json(out, rows)
-
-    with console.status("measuring") as status:
-        for row in measure(names, place, dtype=types[dtype], sizes=size, skip=skip or ()):
-            keep(row)
-            status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
-        if cold and place.type == "cuda":
-            for name in names:
-                if name != "layer":
-                    keep(first_calls(name, "hydra"))
     console.print(bench_table(rows))
     if plot is not None:
         draw(rows, plot)

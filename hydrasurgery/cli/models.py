@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from hydrasurgery.cli.shared import LAYER, Count, Device, Model, Seed, on_device, wide_console
+from hydrasurgery.cli.outputs import check_outputs, shown_if_lost
+from hydrasurgery.cli.shared import AUTO, LAYER, Count, Device, Model, Seed, on_device, wide_console
+from hydrasurgery.cli.stopping import hinting
 from hydrasurgery.decoders import check_length, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
-from hydrasurgery.files import atomic_directory, atomic_write_json
+from hydrasurgery.files import atomic_write_json, check_new, json_text
+from hydrasurgery.folders import owned_folder
 from hydrasurgery.loading import load_model, load_tokenizer, share_parameters
 from hydrasurgery.plan import Plan
 
@@ -79,7 +82,7 @@ def rewrite(
 
     chosen = Plan.load(plan)
     text = None if calibrate_text is None else load_text(calibrate_text)
-    _check_target(out, model)
+    check_outputs([model, plan, calibrate_text], owned=[out])
     teacher = load_model(model)
     tokenizer = load_tokenizer(model, teacher)
     try:
@@ -102,7 +105,7 @@ def distill(
     recipe: Annotated[str, typer.Option(help="hydrahead, demo, or a recipe's JSON file.")] = "hydrahead",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Device = AUTO,
 ) -> None:
     """Train a hybrid to follow its teacher; the weights are trained and saved in float32.
 
@@ -113,7 +116,8 @@ def distill(
 
     steps = get_recipe(recipe)
     _check_data(data)
-    _check_target(out / "model", hybrid, teacher)
+    written = [out / "recipe.json", out / "metrics.jsonl"]
+    check_outputs([hybrid, teacher, data], files=written, owned=[out / "model"], folders=[out])
     if not resume and any((out / "checkpoints").glob("*")):
         raise CheckpointError(
             f"{out / 'checkpoints'}: holds an earlier run; add --resume to go on, or give another --out"
@@ -122,7 +126,10 @@ def distill(
     student = on_device(load_model(hybrid, dtype=torch.float32), device)
     tokenizer = load_tokenizer(hybrid, student)
     share_parameters(student, followed)
-    with _named(data):
+    with (
+        _named(data),
+        hinting(f"add --resume to go on from the last checkpoint in {out / 'checkpoints'}, if there is one"),
+    ):
         result = train(student, followed, data, recipe=steps, out=out, resume=resume, seed=seed, tokenizer=tokenizer)
     _save(student, tokenizer, out / "model")
     last = result.history[-1] if result.history else {"loss": float("nan")}
@@ -136,7 +143,7 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Tokens a sequence, separated by commas.")] = "256,512,1024",
     count: Count = 32,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Device = AUTO,
 ) -> None:
     """Measure exact recall, perplexity and, with a teacher, the divergence from it, at several lengths.
 
@@ -145,12 +152,15 @@ def evaluate(
     from hydrasurgery.evaluation import evaluate as measure
 
     sizes = _lengths(lengths)
+    check_outputs([model, teacher], files=[out])
     decoder = on_device(load_model(model), device)
     tokenizer = load_tokenizer(model, decoder)
     reference = None if teacher is None else on_device(load_model(teacher), device)
     results = measure(decoder, tokenizer, sizes, count=count, seed=seed, teacher=reference)
     settings = {"model": model, "teacher": teacher, "lengths": sizes, "count": count, "seed": seed}
-    atomic_write_json(out, {**settings, "results": results})
+    found = {**settings, "results": results}
+    with shown_if_lost(lambda: json_text(found)):
+        atomic_write_json(out, found)
     for name, values in results.items():
         typer.echo(f"{name:<12}" + "".join(f"{at:>10} {value:<10.4g}" for at, value in values.items()))
 
@@ -162,7 +172,7 @@ def generate(
     onnx: Annotated[
         Path | None, typer.Option(help="Run this export in ONNX Runtime; MODEL gives the tokenizer.")
     ] = None,
-    device: Device = "auto",
+    device: Device = AUTO,
 ) -> None:
     """Continue a prompt, always with the likeliest token.
 
@@ -197,6 +207,7 @@ def export(
         raise typer.BadParameter(f"--out {out}: the name must end in .onnx or .pt2")
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype}: give auto, float32, float16 or bfloat16")
+    check_new(out)
     decoder = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     if out.suffix == ".pt2":
         export_pt2(decoder, out, cache=not no_cache)
@@ -285,16 +296,7 @@ def _check_data(path: Path) -> None:
         raise DataError(f"{path}: the file is empty; give a file with some text")
 
 
-def _check_target(out: Path, *inputs: str) -> None:
-    """The saved model replaces this folder, which must therefore be new, empty or an earlier model, and none of the inputs."""
-    for name in inputs:
-        if out.resolve() == Path(name).resolve():
-            raise CheckpointError(f"{out}: is also the model that is read; give another --out")
-    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and holds no model; give an empty or a new folder as --out")
-
-
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
-    with atomic_directory(out) as folder:
+    with owned_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

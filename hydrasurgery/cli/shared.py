@@ -15,33 +15,52 @@ Length = Annotated[int | None, typer.Option(min=1, help="Tokens a probe; by defa
 Count = Annotated[int, typer.Option(min=1, help="Sequences.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 LAYER = "How layers are built: default, hydrahead (the paper's), and/or changes, as in hydrahead,conv=none."
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 
 
 def device_of(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU where there is one.
+    """The device called `name`, tried; "auto" is a GPU where there is one.
+
+    Raises:
+        typer.BadParameter: there is no such device on this machine, or torch was built without it.
 
     Example:
         >>> device_of("cpu")
         device(type='cpu')
     """
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise typer.BadParameter(f"{name}: not on this machine ({why}); give auto, cpu, cuda or cuda:1") from error
+    return device
 
 
-def on_device(model: Any, name: str) -> Any:
-    """`model`, moved to the device called `name` (see `device_of`).
+Device = Annotated[
+    torch.device,
+    typer.Option(
+        parser=device_of, metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+    ),
+]
+AUTO: Any = "auto"  # what a Device is if it is not given, before it is parsed
+
+
+def on_device(model: Any, device: torch.device) -> Any:
+    """`model`, moved to a device.
 
     Raises:
-        typer.BadParameter: the machine has no such device, or torch was built without it.
+        typer.BadParameter: it does not fit there.
 
     Example:
-        >>> on_device(torch.nn.Linear(2, 2), "cpu").weight.device
+        >>> on_device(torch.nn.Linear(2, 2), torch.device("cpu")).weight.device
         device(type='cpu')
     """
     try:
-        return model.to(device_of(name))
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise typer.BadParameter(f"--device {name}: {error}") from error
+        return model.to(device)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--device {device}: {error}") from error
 
 
 def wide_console() -> Console:

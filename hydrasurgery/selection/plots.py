@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydrasurgery.files import atomic_write_bytes
 from hydrasurgery.plan import Plan
 
 Target = str | os.PathLike[str]
@@ -20,7 +22,7 @@ def draw_heat_maps(panels: Sequence[Panel], title: str, unit: str, path: Target)
         ImportError: matplotlib is missing; the message names the extra.
     """
     columns, rows = max(len(row) for row in panels[0][1]), len(panels[0][1])
-    figure = _figure((len(panels) * (2.2 + 0.28 * columns), 1.6 + 0.24 * rows))
+    figure = new_figure((len(panels) * (2.2 + 0.28 * columns), 1.6 + 0.24 * rows))
     for number, (name, values) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number)
         table = [[*row, *[float("nan")] * (columns - len(row))] for row in values]
@@ -30,7 +32,7 @@ def draw_heat_maps(panels: Sequence[Panel], title: str, unit: str, path: Target)
         axes.set_yticks(range(0, rows, max(1, rows // 16)))
         figure.colorbar(image, ax=axes)
     figure.suptitle(title)
-    return _save(figure, Path(path))
+    return save_figure(figure, path)
 
 
 def draw_histogram(values: Sequence[float], label: str, path: Target) -> Path:
@@ -102,27 +104,32 @@ def draw_arms(
 
 
 def _plain(draw: Callable[[Any], None], path: Target) -> Path:
-    figure = _figure((6, 4))
+    figure = new_figure((6, 4))
     draw(figure.add_subplot())
-    return _save(figure, Path(path))
+    return save_figure(figure, path)
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure of `size` inches, which no window shows.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plotting scores needs matplotlib, which is not installed: pip install 'hydrasurgery[plot]'"
+            "drawing needs matplotlib, which is not installed: pip install 'hydrasurgery[plot]'"
         ) from error
     return Figure(figsize=size, layout="constrained")
 
 
-def _save(figure: Any, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+def save_figure(figure: Any, path: Target) -> Path:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return atomic_write_bytes(path, picture.getvalue())

@@ -1,0 +1,62 @@
+"""The app of commands, in the order in which `--help` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hydrasurgery.cli.demonstration import demo
+from hydrasurgery.cli.heads import compare, plan, plot, score
+from hydrasurgery.cli.machine import bench, kernels
+from hydrasurgery.cli.models import distill, evaluate, export, generate, inspect, rewrite
+from hydrasurgery.errors import HydraError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": inspect,
+    "score": score,
+    "plan": plan,
+    "compare": compare,
+    "plot": plot,
+    "rewrite": rewrite,
+    "distill": distill,
+    "eval": evaluate,
+    "generate": generate,
+    "export": export,
+    "kernels": kernels,
+    "bench": bench,
+    "demo": demo,
+}
+
+
+class _Group(TyperGroup):
+    """Commands whose expected errors are one red line on standard error and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (HydraError, OSError, ImportError) as error:
+            typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turn a pretrained decoder into a long-context hybrid of softmax and linear attention heads.",
+)
+
+
+@app.callback()
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
