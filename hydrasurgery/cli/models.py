@@ -14,7 +14,7 @@ from hydrasurgery.cli.shared import LAYER, Count, Device, Model, Seed, on_device
 from hydrasurgery.decoders import check_length, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
 from hydrasurgery.files import atomic_directory, atomic_write_json
-from hydrasurgery.loading import load_model, load_tokenizer, share_parameters
+from hydrasurgery.loading import load_model, load_tokenizer
 from hydrasurgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ def inspect(model: Model) -> None:
     """
     from rich.table import Table
 
-    from hydrasurgery.conversion import share_copy
     from hydrasurgery.ir.capture import capture
     from hydrasurgery.ir.stitch import region_modules
     from hydrasurgery.passes import parse
+    from hydrasurgery.sharing import share_copy
     from hydrasurgery.surgery import hybrid_pipeline
 
     decoder = load_model(model)
@@ -108,6 +108,7 @@ def distill(
 
     Example: hydrasurgery distill hybrid --teacher Qwen/Qwen3-0.6B --data book.txt --recipe demo --out run
     """
+    from hydrasurgery.sharing import share_parameters
     from hydrasurgery.transfer import distill as train
     from hydrasurgery.transfer import get_recipe
 
