@@ -30,7 +30,7 @@ from hydrasurgery.transfer.identity import hash_tensors, hash_tokens
 from hydrasurgery.transfer.losses import SplitModel, language_loss
 from tests.families import PLAIN, PlainDecoder, tiny
 
-ALIGN = Stage("align", batch_size=2, length=16, steps=4, lr=1e-2, lr_end=1e-3, warmup=1)
+ALIGN = Stage("align", batch_size=2, length=16, steps=4, lr=1e-2, lr_end=1e-3, warmup=0)
 DISTIL = Stage("distil", batch_size=2, length=16, steps=4, lr=1e-3, lr_end=1e-3, warmup=0)
 DATA = 3 + torch.randint(1, 4, (2048,), generator=torch.Generator().manual_seed(0)).cumsum(0) % 90
 
@@ -157,7 +157,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "rule": ({"change": other_layer}, r'options\.rule was "gated_delta", is "delta"'),
     "scale by length": ({"change": other_scale}, r"layer\.model\.layers\.0\.self_attn"),
     "teacher's weight": ({"change": other_teacher}, r"teacher\.blake2b was"),
-    "teacher's buffer": ({"change": other_buffer}, r"teacher\.tensors was 24, is 25"),
+    "teacher's buffer": ({"change": other_buffer}, r"teacher\.tensors was \d+, is \d+"),
     "teacher's dtype": ({"change": lambda t, h: (t.bfloat16(), h)}, r"teacher\.blake2b was"),
     "last token": ({"data": late_token()}, r"data\.blake2b was"),
     "fewer tokens": ({"data": DATA[:-1]}, r"data\.tokens was 2048, is 2047"),
@@ -496,8 +496,9 @@ def test_a_file_that_was_put_into_a_checkpoint_stays(checkpoint: Path) -> None:
     (checkpoint / "notes.txt").write_text("mine")
     resume(checkpoint.parents[1])
     assert content(checkpoint) == {"notes.txt": b"mine"}
-    with pytest.raises(CheckpointError, match="named like a checkpoint, but holds none of its files"):
-        resume(checkpoint.parents[1])
+    assert len(resume(checkpoint.parents[1]).history) == 8
+    with pytest.raises(CheckpointError, match="0-align-00000002: is named like a checkpoint"):
+        resume(checkpoint.parents[1], resume=False)
     assert content(checkpoint) == {"notes.txt": b"mine"}
 
 
@@ -609,7 +610,9 @@ def test_padding_and_ignored_labels_count_in_no_loss(name: Any, side: str) -> No
         for parameter in hybrid.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
     stage = replace(STAGE, name=name, steps=1, trainable="all", ce_weight=0.5)
-    record = run(copy.deepcopy(hybrid), teacher, stage, data=padded(side)).history[0]
+    data = padded(side)
+    data["position_ids"] = [[max(0, sum(mask[: t + 1]) - 1) for t in range(8)] for mask in data["attention_mask"]]
+    record = run(copy.deepcopy(hybrid), teacher, stage, data=data).history[0]
     assert record["tokens"] == sum(len(row) - 1 for row in ROWS)
     kl = ce = 0.0
     errors = []
@@ -675,7 +678,7 @@ def test_documents_told_by_positions_do_not_see_each_other() -> None:
     teacher, hybrid = pair()
     for model in (teacher, hybrid):
         with torch.no_grad():
-            logits = model(**batch.inputs).logits
+            logits = model(**batch.inputs, use_cache=False).logits
             row = next(i for i in range(2) if batch.mask[i].all())
             torch.testing.assert_close(logits[row, :4], model(torch.tensor([one])).logits[0], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(logits[row, 4:], model(torch.tensor([two])).logits[0], atol=1e-5, rtol=1e-4)
@@ -791,7 +794,7 @@ def test_a_wrapped_model_is_refused_by_name(wrapper: str, role: str) -> None:
 
 def test_a_hybrid_of_a_teacher_with_an_adapter_is_refused() -> None:
     teacher = adapted(tiny("qwen3"))
-    hybrid = hs.rewrite(teacher, hs.plan_heads(tiny("qwen3"), ratio="1:1", strategy="random"))
+    hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="1:1", strategy="random"))
     with pytest.raises(PlanError, match="merge the adapter first"):
         run(hybrid, teacher, DISTIL)
     with pytest.raises(PlanError, match="merge the adapter first"):
@@ -856,8 +859,8 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(tmp_path: 
 def test_another_teacher_of_the_same_vocabulary_can_be_followed(tmp_path: Path, change: dict[str, Any]) -> None:
     _, hybrid = pair()
     assert run(hybrid, tiny("qwen3", **change), DISTIL, out=tmp_path).history[0]["kl"] > 0
-    names = set(load_file(tmp_path / "checkpoints" / "1-distil-00000004" / "model.safetensors")) if False else None
-    assert names is None
+    saved = load_file(tmp_path / "checkpoints" / "0-distil-00000004" / "model.safetensors")
+    assert saved.keys() == dict(hybrid.named_parameters()).keys()
 
 
 def test_plain_models_of_other_vocabularies_are_refused() -> None:
@@ -882,21 +885,25 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 @pytest.mark.filterwarnings("ignore:.*half-precision:UserWarning")
 @pytest.mark.parametrize("autocast", [None, "bfloat16"])
-@pytest.mark.parametrize("ours", DTYPES)
+@pytest.mark.parametrize("ours", ["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("theirs", DTYPES)
-def test_teacher_and_hybrid_of_any_two_dtypes_are_aligned(theirs: str, ours: str, autocast: Any) -> None:
+def test_a_hybrid_follows_a_teacher_of_any_dtype(theirs: str, ours: str, autocast: Any) -> None:
     teacher, hybrid = pair()
-    expected = run(copy.deepcopy(hybrid), teacher, replace(ALIGN, steps=1)).history[0]["loss"]
-    recipe = Recipe("test", (replace(ALIGN, steps=1), replace(DISTIL, steps=1)), autocast=autocast)
-    models = hybrid.to(DTYPES[ours]), teacher.to(DTYPES[theirs])
-    result = run(
-        *models, recipe=recipe, data={"input_ids": [DATA[:9].tolist()] * 2, "labels": [[-100, *range(3, 11)]] * 2}
-    )
-    assert result.losses("align")[0] > 0
-    exact = run(*models, recipe=replace(recipe, stages=recipe.stages[:1])).history[0]["loss"]
-    assert exact == pytest.approx(expected, rel=0.05 if autocast or {"bf16", "fp16"} & {ours, theirs} else 1e-4)
+    stages = replace(ALIGN, steps=1), replace(DISTIL, steps=1)
+    expected = run(copy.deepcopy(hybrid), teacher, *stages).history
+    hybrid, teacher = hybrid.to(DTYPES[ours]), teacher.to(DTYPES[theirs])
+    found = run(hybrid, teacher, recipe=Recipe("test", stages, autocast=autocast)).history
+    rounds = autocast or {"bf16", "fp16"} & {ours, theirs}
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.02 if rounds else 1e-4)
+    assert found[1]["ce"] == pytest.approx(expected[1]["ce"], rel=0.02 if rounds else 1e-4)
     assert {p.dtype for p in hybrid.parameters()} == {DTYPES[ours]}
     assert {p.dtype for p in teacher.parameters()} == {DTYPES[theirs]}
+
+
+def test_a_hybrid_in_float16_is_refused() -> None:
+    teacher, hybrid = pair()
+    with pytest.raises(PlanError, match=r"embed_tokens\.weight is float16, in which AdamW's eps"):
+        run(hybrid.half(), teacher, ALIGN)
 
 
 def test_a_body_and_additions_of_two_dtypes_are_refused_by_name() -> None:

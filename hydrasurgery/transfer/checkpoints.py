@@ -74,11 +74,26 @@ class RunFolder:
             try:
                 Recipe.load(recipe)
             except RecipeError as error:
-                raise CheckpointError(f"{error}; it would be overwritten: move it, or give another folder") from error
+                raise CheckpointError(
+                    f"{recipe} would be overwritten, but no run has written it ({error}); move it, or give another folder"
+                ) from error
         self._remove(lambda at: True)
-        list(self._found())
         self.metrics.unlink(missing_ok=True)
         self.recipe.save(recipe)
+
+    def check_free(self, begin: Position) -> None:
+        """See that nothing is where checkpoints after `begin` will be written.
+
+        Raises:
+            CheckpointError: something there has a checkpoint's name, but is none.
+        """
+        own = {path for path, _ in self._found()}
+        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            at = _named(path)
+            if at is not None and path not in own and (at.stage, at.step) > (begin.stage, begin.step):
+                raise CheckpointError(
+                    f"{path}: is named like a checkpoint, but is no folder that holds its files; move it, or give another folder"
+                )
 
     def latest(self) -> Path | None:
         """The checkpoint that is furthest along, or None."""
@@ -175,22 +190,15 @@ class RunFolder:
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
     def _found(self) -> Iterator[tuple[Path, Position | None]]:
-        """The folders that this class wrote; those that a crash left half-written have no position.
-
-        Raises:
-            CheckpointError: a folder has a checkpoint's name, but none of its files.
-        """
+        """The folders that this class wrote; those that a crash left half-written have no position."""
         for path in sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ():
-            whole, partial = _WHOLE.fullmatch(path.name), _PARTIAL.fullmatch(path.name)
-            real = path.is_dir() and not path.is_symlink()
-            if partial and real:
+            if path.is_symlink() or not path.is_dir():
+                continue
+            at = _named(path)
+            if at is not None and any((path / file).is_file() for file in _FILES):
+                yield path, at
+            elif _PARTIAL.fullmatch(path.name):
                 yield path, None
-            if whole and not (real and any((path / file).is_file() for file in _FILES)):
-                raise CheckpointError(
-                    f"{path}: is named like a checkpoint, but holds none of its files; move it, or give another folder"
-                )
-            if whole:
-                yield path, Position(int(whole["stage"]), int(whole["step"]))
 
     def _remove(self, where: Callable[[Position | None], bool]) -> None:
         """Delete the checkpoints at some positions: their files, and the folders unless something else is in them."""
@@ -220,9 +228,8 @@ class RunFolder:
 
     def _check_state(self, path: Path, state: dict[str, Any]) -> Position:
         """The position in a state, whose entries have the types and values that `save` writes."""
-        named = _WHOLE.fullmatch(path.parent.name)
-        assert named is not None
-        at = Position(int(named["stage"]), int(named["step"]))
+        at = _named(path.parent)
+        assert at is not None
         for key, value in asdict(at).items():
             if type(state.get(key)) is not int or state[key] != value:
                 raise CheckpointError(_unreadable(path, f"{key} is {state.get(key)!r} in the folder of {key} {value}"))
@@ -262,6 +269,12 @@ class RunFolder:
                 f"{path} is of another run: {found}. Give the plan, teacher and data that the run was started with, or choose "
                 "another folder"
             )
+
+
+def _named(path: Path) -> Position | None:
+    """The position in the name of a checkpoint's folder; None for any other name."""
+    match = _WHOLE.fullmatch(path.name)
+    return None if match is None else Position(int(match["stage"]), int(match["step"]))
 
 
 def _as_begun(identity: dict[str, Any], stage: int) -> dict[str, Any]:

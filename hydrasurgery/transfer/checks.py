@@ -44,6 +44,12 @@ def check_models(hybrid: nn.Module, teacher: nn.Module | None, recipe: Recipe) -
             "on the same batches; call it without torchrun"
         )
     check_bare(hybrid, "hybrid")
+    narrow = next((name for name, value in hybrid.named_parameters() if value.dtype == torch.float16), None)
+    if narrow is not None:
+        raise PlanError(
+            f"hybrid: {narrow} is float16, in which AdamW's eps of 1e-8 is 0; train it in float32 (hybrid.float()), with the "
+            "recipe's autocast if memory is short. The teacher may be float16"
+        )
     if teacher is None:
         needing = [stage.name for stage in recipe.stages if stage.name != "lengthen"]
         if needing:

@@ -155,8 +155,10 @@ class _Run:
         self.checkpoint = folder.latest() if resume else None
         if self.checkpoint is None:
             folder.start()
+            folder.check_free(Position())
             return Position()
         position = folder.restore(self.checkpoint, self.hybrid, self.teacher)
+        folder.check_free(position)
         self.history = folder.history(position)
         self.recipe.save(folder.path / "recipe.json")
         return position
@@ -241,7 +243,7 @@ def _optimizer(hybrid: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         if parameter.requires_grad:
             groups[name in body]["params"].append(parameter)
     trained = [parameter for group in groups for parameter in group["params"]]
-    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained):
+    if any(parameter.dtype == torch.bfloat16 for parameter in trained):
         warnings.warn(
             f"stage {stage.name!r} trains half-precision parameters, which lose updates smaller than about 1/256 of a "
             "weight; load the model in float32 and set the recipe's autocast instead",
