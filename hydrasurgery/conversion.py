@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from hydrasurgery.ir.stitch import region_modules, replace_module
 from hydrasurgery.options import LayerOptions
 from hydrasurgery.plan import Plan
 from hydrasurgery.pretrained import mark, unmark
+from hydrasurgery.sharing import share_copy
 from hydrasurgery.surgery import apply_plan, hybrid_pipeline
 
 
@@ -29,8 +28,9 @@ def rewrite(
 ) -> nn.Module:
     """Turn the heads that `plan` calls linear into linear attention; returns a hybrid, and leaves `model` as it is.
 
-    The hybrid is a new tree of modules that shares its parameter tensors with `model`: nothing is copied, and training
-    the shared ones trains both. `hydrasurgery.distill` gives the hybrid its own before it trains them.
+    The hybrid is a new tree of modules with tensors of its own. They use the model's memory until one of the two models is
+    written to (`hydrasurgery.sharing.share_copy` says which weights are copied at once), so a hybrid that is not trained
+    costs next to nothing, and nothing that is done to one model reaches the other.
 
     Args:
         model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`; all heads full.
@@ -69,12 +69,6 @@ def rewrite(
         mark(hybrid, plan, steps)
     hybrid.train(model.training)
     return hybrid
-
-
-def share_copy(model: nn.Module) -> nn.Module:
-    """A new tree of modules (and a new config) over the same parameter and buffer tensors."""
-    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, memo)
 
 
 def restore(model: nn.Module) -> nn.Module:

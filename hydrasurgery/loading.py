@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
@@ -128,28 +127,6 @@ def check_files(path: str | os.PathLike[str]) -> None:
             raise CheckpointError(
                 f"{file}: missing, truncated or not a safetensors file ({error}); copy or save it again"
             ) from error
-
-
-def share_parameters(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
-    """Let a hybrid that was loaded from disk share again what it has unchanged from its teacher, in place.
-
-    A parameter of the same name, shape, type and values becomes the teacher's own object, as `rewrite` leaves it: the
-    first stage of the transfer then trains only the additions, and no weight is held twice.
-
-    Returns:
-        The names of the parameters that are now shared.
-    """
-    originals = dict(teacher.named_parameters(remove_duplicate=False))
-    shared = set()
-    for name, parameter in list(hybrid.named_parameters(remove_duplicate=False)):
-        original = originals.get(name)
-        if original is None or original.shape != parameter.shape or original.dtype != parameter.dtype:
-            continue
-        if torch.equal(original.data, parameter.data.to(original.device)):
-            path, _, key = name.rpartition(".")
-            hybrid.get_submodule(path)._parameters[key] = original
-            shared.add(name)
-    return shared
 
 
 def _object(file: Path) -> dict[str, Any]:

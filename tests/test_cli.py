@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from hydrasurgery.choose import plan_heads
 from hydrasurgery.cli import app, main
 from hydrasurgery.demo.corpus import build_tokenizer
-from hydrasurgery.loading import load_model, share_parameters
+from hydrasurgery.loading import load_model
 from hydrasurgery.plan import Plan
+from hydrasurgery.sharing import share_parameters
 from hydrasurgery.transfer import Recipe, Stage, addition_names
 from tests.families import tiny
 

@@ -17,7 +17,7 @@ from hydrasurgery.decoders import check_length, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
 from hydrasurgery.files import atomic_write_json, check_new, json_text
 from hydrasurgery.folders import owned_folder
-from hydrasurgery.loading import load_model, load_tokenizer, share_parameters
+from hydrasurgery.loading import load_model, load_tokenizer
 from hydrasurgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def inspect(model: Model) -> None:
     """
     from rich.table import Table
 
-    from hydrasurgery.conversion import share_copy
     from hydrasurgery.ir.capture import capture
     from hydrasurgery.ir.stitch import region_modules
     from hydrasurgery.passes import parse
+    from hydrasurgery.sharing import share_copy
     from hydrasurgery.surgery import hybrid_pipeline
 
     decoder = load_model(model)
@@ -111,6 +111,7 @@ def distill(
 
     Example: hydrasurgery distill hybrid --teacher Qwen/Qwen3-0.6B --data book.txt --recipe demo --out run
     """
+    from hydrasurgery.sharing import share_parameters
     from hydrasurgery.transfer import distill as train
     from hydrasurgery.transfer import get_recipe
 

@@ -382,6 +382,12 @@ class RegionModule(nn.Module):
             return False
         return hidden_states.shape[1] == 1
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """A move or a cast takes along what `restore` would bring back, such as projections that were pruned."""
+        if recurse and self.original is not None:
+            self.original._apply(fn)
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**{key: value for key, value in vars(self).items() if key not in COMPILED}, "_original": (None,)}
 

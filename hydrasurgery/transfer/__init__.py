@@ -5,7 +5,7 @@ from hydrasurgery.transfer.losses import SplitModel, language_loss, relative_err
 from hydrasurgery.transfer.recipe import RECIPES, Recipe, Stage, get_recipe
 from hydrasurgery.transfer.stages import TransferResult, distill
 from hydrasurgery.transfer.start import calibrate
-from hydrasurgery.transfer.trainable import addition_names, shared_names, unshare
+from hydrasurgery.transfer.trainable import addition_names
 
 __all__ = [
     "RECIPES",
@@ -23,6 +23,4 @@ __all__ = [
     "get_recipe",
     "language_loss",
     "relative_error",
-    "shared_names",
-    "unshare",
 ]

@@ -1,11 +1,13 @@
 """The folder of a run: its recipe, a line of metrics per step, and checkpoints that a run resumes from bit for bit.
 
     recipe.json                              the recipe that was run
+    run.lock                                 held while a run writes here
     metrics.jsonl                            one JSON object per step
     checkpoints/<stage>-<name>-<step>/       model.safetensors, optimizer.safetensors, state.json
 
-A checkpoint holds the hybrid's parameters that are not the teacher's, never the teacher, and no pickle. Randomness is
-derived from (seed, stage, step), so the seed and the position are all there is to save of it.
+A checkpoint holds the hybrid's parameters that are not the teacher's bit for bit, never the teacher, and no pickle. What it
+does not hold is the teacher's. Randomness is derived from (seed, stage, step), so the seed and the position are all there is
+to save of it. `state.json` says also what run it is of (see `hydrasurgery.transfer.identity`).
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hydrasurgery.errors import CheckpointError
+from hydrasurgery.errors import CheckpointError, RecipeError
 from hydrasurgery.files import atomic_directory, atomic_write_text
+from hydrasurgery.sharing import same_bits, unchanged_names
+from hydrasurgery.transfer.identity import difference, recipe_difference
+from hydrasurgery.transfer.metrics import read_records
 from hydrasurgery.transfer.recipe import Recipe
-from hydrasurgery.transfer.trainable import shared_names, unshare
 
-_FOLDER = re.compile(r"(?P<partial>\.?)(?P<stage>\d+)-(align|distil|lengthen)-(?P<step>\d{8})(\..+)?")
-FORMAT, VERSION = "hydrasurgery-transfer", 1
+_NAME = r"(?P<stage>0|[1-9]\d*)-(?P<name>align|distil|lengthen)-(?P<step>\d{8,})"
+_WHOLE, _PARTIAL = re.compile(_NAME), re.compile(rf"\.{_NAME}\.[0-9a-f]{{12}}")
+_FILES = ("state.json", "model.safetensors", "optimizer.safetensors")
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, beside "step"
+FORMAT, VERSION = "hydrasurgery-transfer", 2
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,46 @@ class RunFolder:
         path: the folder; it is made when first written to.
         recipe: what is run.
         seed: decides the data's order and all other randomness.
+        identity: what else makes the run what it is; see `hydrasurgery.transfer.identity`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], recipe: Recipe, seed: int) -> None:
-        self.path, self.recipe, self.seed = Path(path), recipe, seed
+    def __init__(self, path: str | os.PathLike[str], recipe: Recipe, seed: int, identity: dict[str, Any]) -> None:
+        self.path, self.recipe, self.seed, self.identity = Path(path), recipe, seed, identity
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
 
     def start(self) -> None:
-        """Begin afresh: earlier metrics and checkpoints of this folder are removed, nothing else in it."""
+        """Begin afresh: earlier metrics and checkpoints of this folder are removed, nothing else in it.
+
+        Raises:
+            CheckpointError: a file of the names that a run writes is none that a run has written.
+        """
+        read_records(self.metrics)
+        recipe = self.path / "recipe.json"
+        if recipe.exists():
+            try:
+                Recipe.load(recipe)
+            except RecipeError as error:
+                raise CheckpointError(
+                    f"{recipe} would be overwritten, but no run has written it ({error}); move it, or give another folder"
+                ) from error
         self._remove(lambda at: True)
         self.metrics.unlink(missing_ok=True)
-        self.recipe.save(self.path / "recipe.json")
+        self.recipe.save(recipe)
+
+    def check_free(self, begin: Position) -> None:
+        """See that nothing is where checkpoints after `begin` will be written.
+
+        Raises:
+            CheckpointError: something there has a checkpoint's name, but is none.
+        """
+        own = {path for path, _ in self._found()}
+        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            at = _named(path)
+            if at is not None and path not in own and (at.stage, at.step) > (begin.stage, begin.step):
+                raise CheckpointError(
+                    f"{path}: is named like a checkpoint, but is no folder that holds its files; move it, or give another folder"
+                )
 
     def latest(self) -> Path | None:
         """The checkpoint that is furthest along, or None."""
@@ -73,16 +106,13 @@ class RunFolder:
             stream.write(json.dumps(record) + "\n")
 
     def history(self, until: Position) -> list[dict[str, Any]]:
-        """Cut the metrics after `until`, half-written lines included, and return what is left."""
-        text = self.metrics.read_text(encoding="utf-8") if self.metrics.is_file() else ""
-        records = []
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the line that a crash cut short
-            if (record["stage_index"], record["step"]) <= (until.stage, until.step):
-                records.append(record)
+        """Cut the metrics after `until`, a last line that is half-written included, and return what is left.
+
+        Raises:
+            CheckpointError: a line is no record of a step.
+        """
+        last = (until.stage, until.step)
+        records = [record for record in read_records(self.metrics) if (record["stage_index"], record["step"]) <= last]
         atomic_write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in records))
         return records
 
@@ -91,36 +121,36 @@ class RunFolder:
     ) -> Path:
         """Write a checkpoint, whole or not at all; earlier ones of the same stage go once it is there.
 
-        Pass no optimiser at a stage's end: the next stage begins with a new one.
+        Pass no optimiser at the end of a stage that another follows: that one begins with a new one.
         """
         target = self.checkpoints / f"{at.stage}-{self.recipe.stages[at.stage].name}-{at.step:08d}"
-        state = {"format": FORMAT, "version": VERSION, "seed": self.seed, **asdict(at), "recipe": self.recipe.to_json()}
-        shared = shared_names(hybrid, teacher)
-        own = {name: parameter for name, parameter in hybrid.named_parameters() if name not in shared}
+        run = {"seed": self.seed, "recipe": self.recipe.to_json(), "identity": self.identity}
+        state = {"format": FORMAT, "version": VERSION, **asdict(at), **run}
+        unchanged = unchanged_names(hybrid, teacher)
+        own = {name: parameter for name, parameter in hybrid.named_parameters() if name not in unchanged}
         with atomic_directory(target) as folder:
             _write(own, folder / "model.safetensors")
             if optimizer is not None:
                 _write(_optimizer_tensors(hybrid, optimizer), folder / "optimizer.safetensors")
-            atomic_write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         self._remove(lambda other: other is None or (other.stage == at.stage and other.step < at.step))
         return target
 
     def restore(self, checkpoint: Path, hybrid: nn.Module, teacher: nn.Module | None) -> Position:
-        """Load a checkpoint's weights into `hybrid` and return where it stands.
-
-        If the checkpoint holds parameters that the hybrid still shares, the hybrid is unshared first.
+        """Load a checkpoint's weights into `hybrid`, the teacher's for those that it does not hold, and return where it stands.
 
         Raises:
-            CheckpointError: a file is missing or truncated, or the checkpoint is of another model, plan or seed.
+            CheckpointError: a file is missing, truncated or has values that a run does not write, or the checkpoint is of
+                another run; the message says which part differs, and what it was.
         """
-        state = self._state(checkpoint)
+        position = self._position(checkpoint)
         weights = _read(checkpoint / "model.safetensors")
-        if teacher is not None and weights.keys() & shared_names(hybrid, teacher):
-            unshare(hybrid, teacher)
-        shared = shared_names(hybrid, teacher)
-        own = {name: parameter for name, parameter in hybrid.named_parameters() if name not in shared}
-        differing = sorted(own.keys() ^ weights.keys()) or [
-            name for name in own if own[name].shape != weights[name].shape or own[name].dtype != weights[name].dtype
+        saved = {**({} if teacher is None else dict(teacher.named_parameters(remove_duplicate=False))), **weights}
+        own = dict(hybrid.named_parameters())
+        differing = sorted(weights.keys() - own.keys()) + [
+            name
+            for name, parameter in own.items()
+            if name not in saved or saved[name].shape != parameter.shape or saved[name].dtype != parameter.dtype
         ]
         if differing:
             raise CheckpointError(
@@ -129,59 +159,143 @@ class RunFolder:
             )
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(weights[name])
-        return Position(state["stage"], state["step"])
+                if not same_bits(parameter, saved[name]):  # a lazy copy of the teacher's stays one
+                    parameter.copy_(saved[name])
+        return position
 
-    def restore_optimizer(self, checkpoint: Path, hybrid: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load a checkpoint's optimiser state.
+    def restore_optimizer(
+        self, checkpoint: Path, hybrid: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    ) -> None:
+        """Load a checkpoint's optimiser state, of `steps` steps.
 
         Raises:
-            CheckpointError: the file is missing or truncated, or another set of parameters was trained.
+            CheckpointError: the file is missing or truncated, another set of parameters was trained, or a tensor is not what
+                the optimiser would have written.
         """
-        tensors = _read(checkpoint / "optimizer.safetensors")
-        parameters = dict(hybrid.named_parameters())
+        path = checkpoint / "optimizer.safetensors"
+        tensors = _read(path)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        saved = {name.rpartition(":")[0] for name in tensors}
-        if saved != {name for name, parameter in parameters.items() if id(parameter) in trained}:
+        parameters = {name: p for name, p in hybrid.named_parameters() if id(p) in trained}
+        expected = {f"{name}:{key}" for name in parameters for key in (*_MOMENTS, "step")}
+        if odd := sorted(expected ^ tensors.keys()):
             raise CheckpointError(
-                f"{checkpoint / 'optimizer.safetensors'} is of a run that trained other parameters: use the recipe in "
+                f"{path} is of a run that trained other parameters ({odd[0]}, of {len(odd)}): use the recipe in "
                 f"{self.path / 'recipe.json'}, or choose another folder"
             )
-        for name, value in tensors.items():
-            path, _, key = name.rpartition(":")
-            parameter = parameters[path]
+        for entry, value in tensors.items():
+            name, _, key = entry.rpartition(":")
+            parameter = parameters[name]
+            if wrong := _wrong_state(key, value, parameter, steps):
+                raise CheckpointError(_unreadable(path, f"{entry} {wrong}"))
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
     def _found(self) -> Iterator[tuple[Path, Position | None]]:
         """The folders that this class wrote; those that a crash left half-written have no position."""
         for path in sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ():
-            if match := _FOLDER.fullmatch(path.name):
-                yield path, None if match["partial"] else Position(int(match["stage"]), int(match["step"]))
+            if path.is_symlink() or not path.is_dir():
+                continue
+            at = _named(path)
+            if at is not None and any((path / file).is_file() for file in _FILES):
+                yield path, at
+            elif _PARTIAL.fullmatch(path.name):
+                yield path, None
 
     def _remove(self, where: Callable[[Position | None], bool]) -> None:
-        for path, at in self._found():
-            if where(at):
-                shutil.rmtree(path)
+        """Delete the checkpoints at some positions: their files, and the folders unless something else is in them."""
+        for path in [path for path, at in self._found() if where(at)]:
+            for file in _FILES:
+                (path / file).unlink(missing_ok=True)
+            if not any(path.iterdir()):
+                path.rmdir()
 
-    def _state(self, checkpoint: Path) -> dict[str, Any]:
+    def _position(self, checkpoint: Path) -> Position:
+        """Where a checkpoint of this run stands; see `restore`."""
         path = checkpoint / "state.json"
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            if (state["format"], state["version"]) != (FORMAT, VERSION):
-                raise KeyError(f"format {state['format']!r}, version {state['version']!r}")
-            seed, recipe, stage, step = state["seed"], state["recipe"], state["stage"], state["step"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(_unreadable(path, error)) from error
-        if seed != self.seed:
-            raise CheckpointError(f"{checkpoint} was trained with seed {seed}, not {self.seed}: pass seed={seed}")
-        stages = self.recipe.stages
-        if stage >= len(stages) or recipe["stages"][stage]["name"] != stages[stage].name:
-            raise CheckpointError(f"{checkpoint}: recipe {self.recipe.name!r} has no such stage; choose another folder")
-        if step > stages[stage].num_steps:
-            raise CheckpointError(f"{checkpoint}: the stage has only {stages[stage].num_steps} steps in the recipe")
-        if recipe != self.recipe.to_json():
-            warnings.warn(f"{checkpoint} was trained with another recipe; it goes on with the new one", stacklevel=4)
-        return state
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise CheckpointError(_unreadable(path, f"its format is not {FORMAT!r}"))
+        if state.get("version") != VERSION:
+            raise CheckpointError(
+                f"{path} has version {state.get('version')!r}, not {VERSION}: another version of hydrasurgery wrote it, which did "
+                "not note what run it is of; go on with that version, or choose another folder"
+            )
+        at = self._check_state(path, state)
+        self._check_run(path, state, at)
+        return at
+
+    def _check_state(self, path: Path, state: dict[str, Any]) -> Position:
+        """The position in a state, whose entries have the types and values that `save` writes."""
+        at = _named(path.parent)
+        assert at is not None
+        for key, value in asdict(at).items():
+            if type(state.get(key)) is not int or state[key] != value:
+                raise CheckpointError(_unreadable(path, f"{key} is {state.get(key)!r} in the folder of {key} {value}"))
+        if type(state.get("seed")) is not int:
+            raise CheckpointError(_unreadable(path, f"seed is {state.get('seed')!r}, not a whole number"))
+        for key in ("recipe", "identity"):
+            if not isinstance(state.get(key), dict):
+                raise CheckpointError(_unreadable(path, f"{key} is {state.get(key)!r}, not an object"))
+        return at
+
+    def _check_run(self, path: Path, state: dict[str, Any], at: Position) -> None:
+        """Refuse the state of another run."""
+        if state["seed"] != self.seed:
+            raise CheckpointError(
+                f"{path} is of a run with seed {state['seed']}, not {self.seed}: pass seed={state['seed']}"
+            )
+        try:
+            earlier = Recipe.from_json(state["recipe"])
+            begun = earlier.stages[at.stage]
+            done = 1 <= at.step <= begun.num_steps
+        except (RecipeError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(_unreadable(path, f"its recipe: {error}")) from error
+        name = _WHOLE.fullmatch(path.parent.name)["name"]  # type: ignore[index]
+        if begun.name != name or not done:
+            raise CheckpointError(
+                _unreadable(path, f"its recipe has no step {at.step} of a stage {name!r} number {at.stage}")
+            )
+        found = recipe_difference(earlier, self.recipe, at.stage, at.step)
+        if found:
+            raise CheckpointError(
+                f"{path} is of a run with another recipe: {found}. Use the recipe in {self.path / 'recipe.json'}, or choose "
+                "another folder"
+            )
+        found = difference(_as_begun(state["identity"], at.stage), _as_begun(self.identity, at.stage), "")
+        if found:
+            raise CheckpointError(
+                f"{path} is of another run: {found}. Give the plan, teacher and data that the run was started with, or choose "
+                "another folder"
+            )
+
+
+def _named(path: Path) -> Position | None:
+    """The position in the name of a checkpoint's folder; None for any other name."""
+    match = _WHOLE.fullmatch(path.name)
+    return None if match is None else Position(int(match["stage"]), int(match["step"]))
+
+
+def _as_begun(identity: dict[str, Any], stage: int) -> dict[str, Any]:
+    """An identity without the first batches of stages that have not begun."""
+    data = identity.get("data")
+    batches = data.get("first_batches") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(batches, list):
+        return identity
+    return {**identity, "data": {**data, "first_batches": batches[: stage + 1]}}
+
+
+def _wrong_state(key: str, value: Tensor, parameter: Tensor, steps: int) -> str | None:
+    """What is wrong with one tensor of AdamW's state after `steps` steps, in words; None if nothing is."""
+    if key == "step":
+        fits = value.shape == () and value.is_floating_point() and value.item() == steps
+        return None if fits else f"is not the number {steps}"
+    if value.shape != parameter.shape or value.dtype != parameter.dtype:
+        return f"is {value.dtype} {list(value.shape)}, its parameter {parameter.dtype} {list(parameter.shape)}"
+    if not value.isfinite().all() or (key == "exp_avg_sq" and (value < 0).any()):
+        return "has values that no gradient gives"
+    return None
 
 
 def _optimizer_tensors(hybrid: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -200,7 +314,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(_unreadable(path, error)) from error
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: Path, error: object) -> str:
     return (
         f"{path} is missing, truncated or not of this format ({error}); remove the folder {path.parent.name} to go on "
         "from the checkpoint before it, or pass resume=False to begin afresh"

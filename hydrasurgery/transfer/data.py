@@ -7,7 +7,6 @@ equal seeds see equal tokens.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,12 @@ import torch
 from torch import Tensor
 
 from hydrasurgery.errors import DataError
+from hydrasurgery.transfer.identity import hash_tokens
+from hydrasurgery.transfer.order import epoch_order, mix_seed
 from hydrasurgery.transfer.recipe import Stage
+from hydrasurgery.transfer.rows import IDS, IGNORED, LABELS, MASK, POSITIONS, Rows, check_columns, read_rows
 
 _BLOCK = 1 << 20  # characters tokenised at a time
-IGNORED = -100  # the label of a token that counts in no cross entropy
 
 
 @runtime_checkable
@@ -48,16 +49,13 @@ class BatchSource(Protocol):
 
         Returns:
             `input_ids` [B, T] and, as needed, `attention_mask` [B, T] (1 = a token, 0 = padding), `labels` [B, T] (input_ids
-            with -100 where no cross entropy is wanted; the shift by one happens in the loss), `position_ids` and other
-            arguments of the model's forward.
+            with -100 for tokens that count in no loss; the shift by one happens in the loss), `position_ids` (which begin
+            again where a document does) and other arguments of both models' forward.
+
+        A source may have a method `identity() -> dict` too: JSON-ready data that says which tokens it gives. A run goes on
+        from a checkpoint only with a source of the same identity.
         """
         ...
-
-
-def mix_seed(*parts: object) -> int:
-    """A 63-bit seed from `parts`, the same on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class TokenStream:
@@ -85,6 +83,11 @@ class TokenStream:
         if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu":
             raise DataError(f"tokens must be one run of integers, not {self.tokens.dtype} of shape {self.tokens.shape}")
 
+    def identity(self) -> dict[str, Any]:
+        """Which data this is, for `hydrasurgery.transfer.identity`: the number of tokens and a hash of them."""
+        known = {"source": "TokenStream", "tokens": self.tokens.size, "bos": self.bos, "seed": self.seed}
+        return {**known, "blake2b": hash_tokens(self.tokens)}
+
     def batch(self, step: int, stage: Stage, generator: torch.Generator) -> dict[str, Tensor]:
         """The batch of `step` in `stage`: {"input_ids": int64 [stage.batch_size, stage.length]}; `generator` is not used."""
         width = stage.length - (self.bos is not None)
@@ -96,7 +99,7 @@ class TokenStream:
             )
         input_ids = torch.empty(stage.batch_size, stage.length, dtype=torch.int64)
         for row, index in enumerate(range(step * stage.batch_size, (step + 1) * stage.batch_size)):
-            phase, order = _epoch_order(mix_seed(self.seed, stage.name, index // count), count, self.tokens.size, width)
+            phase, order = epoch_order(mix_seed(self.seed, stage.name, index // count), count, self.tokens.size, width)
             start = phase + int(order[index % count]) * width
             if self.bos is not None:
                 input_ids[row, 0] = self.bos
@@ -104,42 +107,58 @@ class TokenStream:
         return {"input_ids": input_ids}
 
 
-@functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, count: int, total: int, width: int) -> tuple[int, Tensor]:
-    """Where an epoch's first window starts and the order in which its windows come."""
-    generator = torch.Generator().manual_seed(seed)
-    phase = int(torch.randint(total - count * width + 1, (), generator=generator))
-    return phase, torch.randperm(count, generator=generator)
-
-
 def as_source(data: Any, *, tokenizer: Any = None, seed: int = 0) -> BatchSource:
     """Turn what a user has into a `BatchSource`.
 
+    Tokens alone, in documents or not, are packed: read in order and cut into windows of a stage's length. Where columns beside
+    `input_ids` say something, rows stay rows, padded to the longest of a batch: an `attention_mask` with a 0, `labels`
+    that are not the ids (-100 for tokens that count in no loss), `position_ids` that do not just count.
+
     Args:
         data: an object with `batch`; a tensor or numpy array of tokens (any shape, read in order); a list of token
-            lists; a `datasets.Dataset` with a column `input_ids`; the path of a text file (needs `tokenizer`) or of a
-            `.npy` file of tokens, which is mapped rather than read.
+            lists; a `datasets.Dataset`, a mapping of columns (what a tokenizer gives) or a list of such rows or batches, with
+            `input_ids` and as needed the columns above; the path of a text file (needs `tokenizer`) or of a `.npy` file of
+            tokens, which is mapped rather than read.
         tokenizer: reads a text file; when it puts a BOS token first, so does every packed window.
-        seed: decides the order of the windows.
+        seed: decides the order of the windows or rows.
 
     Raises:
-        DataError: there is no token in `data`, or it is of none of these forms.
+        DataError: there is no token in `data`, it is of none of these forms, or a row has columns that do not fit each other.
 
     Example:
         >>> as_source([[1, 2, 3], [4, 5]]).tokens.tolist()
         [1, 2, 3, 4, 5]
+        >>> rows = as_source({"input_ids": [[1, 2, 3], [4, 5, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]})
+        >>> len(rows.ends)
+        2
     """
     if isinstance(data, BatchSource) and not hasattr(data, "column_names"):  # a Dataset's `batch` means something else
         return data
-    return TokenStream(_tokens(data, tokenizer), seed=seed, bos=_leading_bos(tokenizer))
+    blocks = _blocks(data)
+    if blocks is None:
+        return TokenStream(_tokens(data, tokenizer), seed=seed, bos=_leading_bos(tokenizer))
+    columns, ends = read_rows(blocks)
+    if set(columns) == {IDS}:
+        return TokenStream(columns[IDS].astype(np.int32), seed=seed, bos=_leading_bos(tokenizer))
+    return Rows(columns, ends, seed=seed)
 
 
-def _dataset_tokens(data: Any) -> np.ndarray:
-    if "input_ids" not in data.column_names:
-        raise DataError(f"the dataset has columns {data.column_names}, not 'input_ids': tokenize it first")
-    if not hasattr(data, "__len__"):
-        raise DataError("a streamed dataset has no order to resume from: take a part of it, or save its tokens as .npy")
-    return _concatenate(itertools.chain.from_iterable(rows["input_ids"] for rows in data.iter(batch_size=1000)))
+def _blocks(data: Any) -> Iterable[Mapping[str, Any]] | None:
+    """The rows of data that has columns, some at a time; None for data that is tokens alone."""
+    if hasattr(data, "column_names"):
+        check_columns(data.column_names)
+        if not hasattr(data, "__len__"):
+            raise DataError(
+                "a streamed dataset has no order to resume from: take a part of it, or save its tokens as .npy"
+            )
+        return data.iter(batch_size=1000) if set(data.column_names) & {MASK, LABELS, POSITIONS} else None
+    if isinstance(data, Mapping):
+        check_columns(data)
+        return [data]
+    if isinstance(data, Sequence) and len(data) and all(isinstance(row, Mapping) for row in data):
+        check_columns(dict.fromkeys(itertools.chain.from_iterable(data)))
+        return data
+    return None
 
 
 def _tokens(data: Any, tokenizer: Any) -> np.ndarray:
@@ -150,12 +169,12 @@ def _tokens(data: Any, tokenizer: Any) -> np.ndarray:
     if isinstance(data, (str, os.PathLike)):
         return _file_tokens(Path(data), tokenizer)
     if hasattr(data, "column_names"):
-        return _dataset_tokens(data)
+        return _concatenate(itertools.chain.from_iterable(rows[IDS] for rows in data.iter(batch_size=1000)))
     if isinstance(data, Sequence):
         return _concatenate(data)
     raise DataError(
         f"cannot train on a {type(data).__name__}: give an object with batch(step, stage, generator), tokens, "
-        "a Dataset with a column 'input_ids', or the path of a text file"
+        "a Dataset with a column 'input_ids', rows with such a column, or the path of a text file"
     )
 
 
@@ -201,8 +220,8 @@ class Batch:
 
     Attributes:
         inputs: arguments of the model's forward, `input_ids` [B, T] among them.
-        mask: bool [B, T], True for tokens that count (not padding).
-        labels: [B, T] token ids, -100 where no cross entropy is wanted; not shifted.
+        mask: bool [B, T], True for tokens that count: neither padding nor of label -100.
+        labels: [B, T] token ids, -100 for tokens that are not to be predicted; not shifted.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7], [8, 9, 9]])
@@ -236,23 +255,49 @@ def draw(source: BatchSource, step: int, stage: Stage, seed: int, index: int = 0
     """The checked batch of `step` (from 0) in stage number `index` of a recipe.
 
     Raises:
-        DataError: the batch is empty, is nothing but padding, or its shapes disagree.
+        DataError: the batch is empty, no token of it counts, or its shapes or columns disagree.
     """
     generator = torch.Generator().manual_seed(mix_seed(seed, "data", index, step))
-    inputs = dict(source.batch(step, stage, generator))
+    inputs = {key: value for key, value in source.batch(step, stage, generator).items() if value is not None}
     where = f"the batch of stage {stage.name!r}, step {step}"
-    ids = inputs.get("input_ids")
-    if ids is None or ids.ndim != 2 or ids.numel() == 0:
+    ids = inputs.get(IDS)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0:
         raise DataError(f"{where} must hold input_ids [batch, length] with at least one token")
-    padding = inputs.get("attention_mask")
-    mask = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()
-    labels = inputs.pop("labels", None)
-    labels = ids if labels is None else labels
-    if mask.shape != ids.shape or labels.shape != ids.shape:
+    padding = inputs.pop(MASK, torch.ones_like(ids))
+    labels = inputs.pop(LABELS, ids)
+    if padding.shape != ids.shape or labels.shape != ids.shape:
         raise DataError(
-            f"{where}: input_ids {list(ids.shape)}, attention_mask {list(mask.shape)} and labels "
+            f"{where}: input_ids {list(ids.shape)}, attention_mask {list(padding.shape)} and labels "
             f"{list(labels.shape)} must have the same shape"
         )
-    if not mask.any():
-        raise DataError(f"{where} is nothing but padding")
-    return Batch(inputs, mask, labels.masked_fill(~mask, IGNORED))
+    if not ((padding == 0) | (padding == 1)).all():
+        raise DataError(f"{where}: attention_mask must be 1 for a token and 0 for padding")
+    mask = padding.bool()
+    labels = labels.masked_fill(~mask, IGNORED)
+    counts = labels != IGNORED
+    if not counts.any():
+        raise DataError(f"{where} is nothing but padding and labels of {IGNORED}")
+    if _needs_mask(mask, inputs.get(POSITIONS), where):
+        inputs[MASK] = padding
+    return Batch(inputs, counts, labels)
+
+
+def _needs_mask(mask: Tensor, positions: Tensor | None, where: str) -> bool:
+    """Whether the models are to be given `mask` [B, T].
+
+    Not one of ones only; nor one beside positions that begin again inside a row, which transformers takes for documents only
+    if there is no mask. Without one, padding on the right is a document of its own, which no token before it sees.
+
+    Raises:
+        DataError: positions begin again in rows with padding elsewhere.
+    """
+    padded = not bool(mask.all())
+    if positions is None or positions.shape[-1:] != mask.shape[-1:] or positions.ndim != 2:
+        return padded
+    both = mask[:, 1:] & mask[:, :-1]
+    documents = bool((both & (positions[:, 1:] != positions[:, :-1] + 1)).any())
+    if documents and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise DataError(
+            f"{where}: position_ids begin again inside rows that are padded on the left; pad rows of several documents on the right"
+        )
+    return padded and not documents

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hydrasurgery.decoders import evaluating, standing_still
-from hydrasurgery.transfer.data import IGNORED, Batch
+from hydrasurgery.transfer.data import Batch
+from hydrasurgery.transfer.rows import IGNORED, MASK
 
 _CHUNK_ELEMENTS = 1 << 26  # of one fp32 [tokens, vocabulary] matrix: 256 MiB
 
@@ -48,14 +49,11 @@ class SplitModel:
         """Hidden states [B, T, hidden] after the final norm (logits [B, T, vocabulary] without a split).
 
         Args:
-            inputs: arguments of the model's forward, `input_ids` [B, T] among them.
+            inputs: arguments of the model's forward, `input_ids` [B, T] among them; they are moved to the model's device.
         """
-        if hasattr(self.model, "get_decoder"):
-            output = self.backbone(**inputs, use_cache=False)
-            return output.logits if self.backbone is self.model else output.last_hidden_state
-        extra = {name: value for name, value in inputs.items() if name != "input_ids"}
-        output = self.model(inputs["input_ids"], **extra)  # a plain module may call its first argument anything
-        return output if isinstance(output, Tensor) else output[0]
+        if self.backbone is self.model:
+            return whole_logits(self.model, inputs)
+        return self.backbone(**_beside(self.model, inputs), use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, vocabulary] of hidden states: `hidden` [N, hidden]."""
@@ -87,6 +85,25 @@ class SplitModel:
         return False
 
 
+def whole_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits [B, T, vocabulary] of any decoder.
+
+    Args:
+        model: a decoder of transformers, or a plain module whose first argument is the tokens, whatever it calls them.
+        inputs: arguments of the model's forward, `input_ids` [B, T] among them; they are moved to the model's device.
+    """
+    inputs = _beside(model, inputs)
+    if hasattr(model, "get_decoder"):
+        return model(**inputs, use_cache=False).logits
+    output = model(inputs.pop("input_ids"), **inputs)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _beside(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """|output - target|^2 / |target|^2 over the tokens of `mask` (paper section 4), in fp32.
 
@@ -95,12 +112,14 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         target: [B, T, hidden], what the teacher's layer gives.
         mask: bool [B, T], True for tokens that count.
 
+    Each may be on a device of its own; the error is where `output` is.
+
     Example:
         >>> target = torch.ones(1, 2, 4)
         >>> relative_error(1.5 * target, target, torch.tensor([[True, False]]))
         tensor(0.2500)
     """
-    mask = mask.to(output.device)
+    mask, target = mask.to(output.device), target.to(output.device)
     output, target = output[mask].float(), target[mask].float()
     return (output - target).square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -140,24 +159,31 @@ def language_loss(
     """
     targets = next_labels(batch)
     kl_total, ce_total = totals or loss_totals(batch)
-    rows = (batch.mask if teacher is not None else targets != IGNORED).reshape(-1).nonzero().squeeze(-1)
-
-    def chosen(tensor: Tensor) -> Tensor:
-        return tensor.flatten(0, 1)[rows.to(tensor.device)]
-
     with torch.no_grad():  # before the student, whose activations are not there yet
-        wanted = [] if teacher is None else [chosen(teacher.hidden(batch.inputs))]
+        wanted = None if teacher is None else teacher.hidden(batch.inputs)
     hidden = student.hidden(batch.inputs)
-    pieces = [chosen(hidden), chosen(targets).to(hidden.device), *wanted]
     size = chunk or max(1, _CHUNK_ELEMENTS // _vocabulary(student, hidden))
     kl = ce = hidden.new_zeros((), dtype=torch.float32)
-    for piece in zip(*(tensor.split(size) for tensor in pieces), strict=True):
-        part = checkpoint(_token_sums, student, teacher, *piece, use_reentrant=False, preserve_rng_state=False)
-        kl, ce = kl + part[0], ce + part[1]
+    for counts, follows in _groups(batch.mask, targets, teacher):
+        rows = counts.reshape(-1).nonzero().squeeze(-1)
+        tensors = (hidden, targets) if follows is None or wanted is None else (hidden, targets, wanted)
+        chosen = [tensor.flatten(0, 1)[rows.to(tensor.device)] for tensor in tensors]
+        for piece in zip(*(tensor.split(size) for tensor in chosen), strict=True):
+            part = checkpoint(_token_sums, student, follows, *piece, use_reentrant=False, preserve_rng_state=False)
+            kl, ce = kl + part[0], ce + part[1]
     kl, ce = kl / max(1, kl_total), ce / max(1, ce_total)
     if teacher is None:
         return ce_weight * ce, {"ce": ce.detach()}
     return kl + ce_weight * ce, {"kl": kl.detach(), "ce": ce.detach()}
+
+
+def _groups(mask: Tensor, targets: Tensor, teacher: SplitModel | None) -> list[tuple[Tensor, SplitModel | None]]:
+    """Which tokens [B, T] have a KL and a cross entropy, and which the second only, each with the teacher that it needs."""
+    predicts = targets != IGNORED
+    if teacher is None:
+        return [(predicts, None)]
+    alone = predicts & ~mask  # the token before the first one that counts
+    return [(mask, teacher), *([(alone, None)] if alone.any() else [])]
 
 
 def loss_totals(batch: Batch) -> tuple[int, int]:
@@ -167,7 +193,9 @@ def loss_totals(batch: Batch) -> tuple[int, int]:
 
 def next_labels(batch: Batch) -> Tensor:
     """For each position [B, T] the label of the next one; -100 at the end, and at padding, which predicts nothing."""
-    return F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).masked_fill(~batch.mask, IGNORED)
+    following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+    padding = batch.inputs.get(MASK)
+    return following if padding is None else following.masked_fill(padding == 0, IGNORED)
 
 
 def _vocabulary(model: SplitModel, hidden: Tensor) -> int:
@@ -184,7 +212,7 @@ def _token_sums(
 ) -> tuple[Tensor, Tensor]:
     """(KL, cross entropy where there is a target), summed over a chunk of tokens, in fp32 whatever the autocast."""
     log_student = student.logits(hidden).float().log_softmax(-1)
-    ce = F.nll_loss(log_student, targets, ignore_index=IGNORED, reduction="sum")
+    ce = F.nll_loss(log_student, targets.to(hidden.device), ignore_index=IGNORED, reduction="sum")
     if teacher is None or teacher_hidden is None:
         return torch.zeros_like(ce), ce
     with torch.no_grad():

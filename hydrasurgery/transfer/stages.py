@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
 import time
 import warnings
@@ -14,16 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from hydrasurgery.decoders import check_length, evaluating, vocabulary_size
-from hydrasurgery.errors import DataError, DivergedError, PlanError
+from hydrasurgery.decoders import evaluating, vocabulary_size
+from hydrasurgery.errors import DataError, DivergedError, RecipeError
 from hydrasurgery.ir.outline import CACHE_ARGUMENTS
 from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
-from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw, mix_seed
+from hydrasurgery.transfer.checks import autocast, check_models, check_run
+from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw
+from hydrasurgery.transfer.identity import identity
+from hydrasurgery.transfer.lock import only_run
 from hydrasurgery.transfer.losses import SplitModel, language_loss, loss_totals, relative_error
+from hydrasurgery.transfer.order import mix_seed
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
-from hydrasurgery.transfer.trainable import trainable_names, unshare
+from hydrasurgery.transfer.trainable import trainable_names
 
 Record = dict[str, Any]
 Objective = Callable[[Batch], dict[str, Tensor]]  # adds to the gradients, returns a step's losses ("loss" among them)
@@ -66,14 +72,18 @@ def distill(
 
     `align`: every hybrid attention layer runs on the hidden states that the teacher's layer sees; the loss is the mean
     over layers of |y^ - y|^2 / |y|^2. `distil`: KL(teacher || student) + ce_weight * cross entropy on the logits.
-    `lengthen`: cross entropy. Before a stage trains everything, the hybrid gets its own copies of what it shares.
+    `lengthen`: cross entropy. What is trained moves to memory of its own; the rest stays in the teacher's, as `rewrite` left it.
+
+    A run goes on only as what it was: a checkpoint in `out` is refused if its plan, layers, teacher (all bytes of its weights),
+    data, seed or recipe differ. Of the recipe may change: `name`, `checkpoint_every`, `micro_batch`, stages that have not begun,
+    and the steps of the current stage, if the learning rates of steps that are done stay what they were.
 
     Args:
         hybrid: what `rewrite(teacher, plan)` gave; trained in place, on the device it is on.
-        teacher: the model it follows; None if no stage needs one (only `lengthen`).
+        teacher: the model it follows, in any dtype and on any device; None if no stage needs one (only `lengthen`).
         data: a source of batches or tokens; see `hydrasurgery.transfer.as_source`.
         recipe: a preset's name ("hydrahead", "demo"), a `Recipe`, or the path of one saved as JSON.
-        out: a folder for metrics and checkpoints; None writes nothing.
+        out: a folder for metrics and checkpoints, held by one run at a time; None writes nothing.
         resume: go on from the last checkpoint in `out`. False removes the metrics and checkpoints of an earlier run.
         seed: decides the data's order and dropout; runs with equal seeds see equal tokens.
         tokenizer: needed if `data` is a text file.
@@ -97,15 +107,30 @@ def distill(
         >>> len(result.losses("align")), result.history[0]["tokens"]
         (1, 64)
     """
-    recipe = get_recipe(recipe)
-    _check_models(hybrid, teacher, recipe)
+    recipe, seed = get_recipe(recipe), _whole(seed)
+    check_models(hybrid, teacher, recipe)
     source = as_source(data, tokenizer=tokenizer, seed=seed)
-    run = _Run(hybrid, teacher, source, recipe, seed, None if out is None else RunFolder(out, recipe, seed), callback)
-    with _left_as_found(hybrid, teacher), _progress(progress) as show:
-        begin = run.begin(resume)
+    run = _Run(hybrid, teacher, source, recipe, seed, callback)
+    first = [run.batch(index, 0) for index in range(len(recipe.stages))]  # bad data is found before a file is written
+    check_run(hybrid, teacher, recipe, first[0].inputs)
+    with contextlib.ExitStack() as block:
+        begin = Position()
+        if out is not None:
+            block.enter_context(only_run(Path(out)))
+            known = identity(hybrid, teacher, source, [{**b.inputs, "labels": b.labels, "mask": b.mask} for b in first])
+            begin = run.open(RunFolder(out, recipe, seed, known), resume)
+        block.enter_context(_left_as_found(hybrid, teacher))
+        show = block.enter_context(_progress(progress))
         for index in range(begin.stage, len(recipe.stages)):
             run.stage(index, begin.step if index == begin.stage else 0, show)
     return TransferResult(run.history, run.checkpoint)
+
+
+def _whole(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise RecipeError(f"seed must be a whole number, not {seed!r}") from error
 
 
 @dataclass
@@ -117,31 +142,29 @@ class _Run:
     source: BatchSource
     recipe: Recipe
     seed: int
-    folder: RunFolder | None
     callback: Callable[[Record], None] | None
 
     def __post_init__(self) -> None:
+        self.folder: RunFolder | None = None
         self.history: list[Record] = []
         self.checkpoint: Path | None = None
 
-    def begin(self, resume: bool) -> Position:
-        """Load the last checkpoint if there is one and it is wanted."""
-        for index, stage in enumerate(self.recipe.stages):
-            self.batch(index, 0)  # bad data is found before a file is written
-            check_length([self.hybrid], stage.length)
-        if self.folder is None:
-            return Position()
-        self.checkpoint = self.folder.latest() if resume else None
+    def open(self, folder: RunFolder, resume: bool) -> Position:
+        """Write to `folder` from now on, after its last checkpoint if there is one and it is wanted."""
+        self.folder = folder
+        self.checkpoint = folder.latest() if resume else None
         if self.checkpoint is None:
-            self.folder.start()
+            folder.start()
+            folder.check_free(Position())
             return Position()
-        position = self.folder.restore(self.checkpoint, self.hybrid, self.teacher)
-        self.history = self.folder.history(position)
-        self.recipe.save(self.folder.path / "recipe.json")
+        position = folder.restore(self.checkpoint, self.hybrid, self.teacher)
+        folder.check_free(position)
+        self.history = folder.history(position)
+        self.recipe.save(folder.path / "recipe.json")
         return position
 
     def batch(self, index: int, step: int) -> Batch:
-        """The batch of `step` in stage number `index`, its tokens known to the model."""
+        """The batch of `step` in stage number `index`, its tokens known to the models (whose vocabularies are of one size)."""
         stage = self.recipe.stages[index]
         batch = draw(self.source, step, stage, self.seed, index)
         ids, known = batch.inputs["input_ids"], vocabulary_size(self.hybrid)
@@ -157,11 +180,9 @@ class _Run:
         stage = self.recipe.stages[index]
         if first == stage.num_steps:
             return
-        if stage.trainable == "all" and self.teacher is not None:
-            unshare(self.hybrid, self.teacher)
-        optimizer = _optimizer(self.hybrid, self.teacher, stage)
+        optimizer = _optimizer(self.hybrid, stage)
         if first and self.folder is not None and self.checkpoint is not None:
-            self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer)
+            self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer, first)
         objective = _objective(self.hybrid, self.teacher, stage)
         for step in range(first, stage.num_steps):
             record = self._step(index, step, optimizer, objective)
@@ -181,14 +202,15 @@ class _Run:
             return
         if not all(parameter.isfinite().all() for group in optimizer.param_groups for parameter in group["params"]):
             raise DivergedError(self._diverged(stage, at.step, "a parameter is not finite"))
-        self.checkpoint = self.folder.save(at, self.hybrid, self.teacher, None if done else optimizer)
+        ended = done and at.stage + 1 < len(self.recipe.stages)  # a next stage begins with an optimiser of its own
+        self.checkpoint = self.folder.save(at, self.hybrid, self.teacher, None if ended else optimizer)
 
     def _step(self, index: int, step: int, optimizer: torch.optim.Optimizer, objective: Objective) -> Record:
         stage, started = self.recipe.stages[index], time.perf_counter()
         device = next(self.hybrid.parameters()).device
         batch = self.batch(index, step).to(device)
         optimizer.zero_grad(set_to_none=True)
-        with _randomness(mix_seed(self.seed, "step", index, step), device), _autocast(self.recipe.autocast, device):
+        with _randomness(mix_seed(self.seed, "step", index, step), device), autocast(self.recipe.autocast, device):
             losses = {name: value.item() for name, value in objective(batch).items()}
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, math.inf if stage.clip is None else stage.clip).item()
@@ -209,25 +231,9 @@ class _Run:
         )
 
 
-def _check_models(hybrid: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> None:
-    if teacher is None:
-        needing = [stage.name for stage in recipe.stages if stage.name != "lengthen"]
-        if needing:
-            raise PlanError(f"stage {needing[0]!r} needs a teacher")
-        return
-    if hybrid is teacher:
-        raise PlanError("hybrid and teacher are the same object: pass hybrid=rewrite(teacher, plan)")
-    modules = dict(teacher.named_modules())
-    for name in region_modules(hybrid):
-        if name not in modules:
-            raise PlanError(f"{name} is a region of the hybrid, but the teacher has no module of that name")
-
-
-def _optimizer(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW over what the stage trains; nothing else of either model asks for a gradient."""
+def _optimizer(hybrid: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW over what the stage trains; nothing else of the hybrid asks for a gradient."""
     regions, body = trainable_names(hybrid, stage)
-    if teacher is not None:
-        teacher.requires_grad_(False)
     groups: list[dict[str, Any]] = [
         {"params": [], "lr": 0.0, "factor": 1.0},
         {"params": [], "lr": 0.0, "factor": stage.body_lr},
@@ -237,7 +243,7 @@ def _optimizer(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> to
         if parameter.requires_grad:
             groups[name in body]["params"].append(parameter)
     trained = [parameter for group in groups for parameter in group["params"]]
-    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained):
+    if any(parameter.dtype == torch.bfloat16 for parameter in trained):
         warnings.warn(
             f"stage {stage.name!r} trains half-precision parameters, which lose updates smaller than about 1/256 of a "
             "weight; load the model in float32 and set the recipe's autocast instead",
@@ -297,8 +303,9 @@ class _Align:
 
         def follow(region: nn.Module) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                args, kwargs = _given((args, _uncached(kwargs)), module, region)
                 with torch.enable_grad():
-                    error = relative_error(_first(region(*args, **_uncached(kwargs))), _first(output), batch.mask)
+                    error = relative_error(_first(region(*args, **kwargs)), _first(output), batch.mask)
                     loss = error * share / len(self.regions)
                     loss.backward()
                 losses.append(loss.detach().to(batch.mask.device))
@@ -315,6 +322,21 @@ class _Align:
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _given(call: Any, module: nn.Module, region: nn.Module) -> Any:
+    """What the teacher's module was called with, on the region's device, and in its dtype if the modules' dtypes differ."""
+    theirs, ours = (
+        min(m.parameters(), key=lambda p: p.ndim < 2) for m in (module, region)
+    )  # vectors may be kept in fp32
+    if (theirs.device, theirs.dtype) == (ours.device, ours.dtype):
+        return call
+
+    def beside(tensor: Tensor) -> Tensor:
+        cast = tensor.is_floating_point() and theirs.dtype != ours.dtype
+        return tensor.to(ours.device, ours.dtype if cast else tensor.dtype)
+
+    return pytree.tree_map_only(Tensor, beside, call)
 
 
 def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -334,24 +356,18 @@ def _randomness(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=getattr(torch, dtype))
-
-
 @contextlib.contextmanager
 def _left_as_found(hybrid: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    """Train and eval modes for the block; afterwards modes and `requires_grad` are what they were, gradients gone."""
-    models = [model for model in (hybrid, teacher) if model is not None]
-    flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in models]
-    with evaluating(*models):
+    """Train and eval modes for the block; afterwards modes and `requires_grad` are what they were, the hybrid's gradients gone."""
+    flags = {name: parameter.requires_grad for name, parameter in hybrid.named_parameters()}
+    with evaluating(*(model for model in (hybrid, teacher) if model is not None)):
         hybrid.train()
         try:
             yield
         finally:
-            for model, flag in zip(models, flags, strict=True):
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(flag[name])
-                    parameter.grad = None
+            for name, parameter in hybrid.named_parameters():
+                parameter.requires_grad_(flags[name])
+                parameter.grad = None
 
 
 @contextlib.contextmanager

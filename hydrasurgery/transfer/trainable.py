@@ -1,10 +1,9 @@
-"""Which parameters a stage trains, and when a hybrid stops sharing its parameters with the teacher."""
+"""Which parameters a stage trains."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any, cast
 
 from torch import fx, nn
@@ -15,19 +14,6 @@ from hydrasurgery.ir.region import RegionModule
 from hydrasurgery.ir.state import extend_kv
 from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.recipe import Stage
-
-
-def shared_names(hybrid: nn.Module, teacher: nn.Module | None) -> set[str]:
-    """Names of the hybrid's parameters that are, by identity, parameters of the teacher.
-
-    Args:
-        hybrid: what `rewrite(teacher, plan)` gave.
-        teacher: the model it was cut from; None shares nothing.
-
-    Example: see `unshare`.
-    """
-    owned = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
-    return {name for name, parameter in hybrid.named_parameters() if id(parameter) in owned}
 
 
 def region_names(hybrid: nn.Module) -> set[str]:
@@ -42,7 +28,14 @@ def addition_names(hybrid: nn.Module) -> set[str]:
     Args:
         hybrid: what `rewrite(teacher, plan)` gave.
 
-    Example: see `unshare`.
+    Example:
+        >>> import hydrasurgery as hs
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> teacher, _ = load_teacher()
+        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
+        >>> names = {name for name, _ in hybrid.named_parameters()}
+        >>> addition_names(hybrid) == names - {name for name, _ in teacher.named_parameters()}
+        True
     """
     added = {id(parameter) for region in region_modules(hybrid).values() for parameter in region.hydra.parameters()}
     return {name for name, parameter in hybrid.named_parameters() if id(parameter) in added}
@@ -105,47 +98,3 @@ def trainable_names(hybrid: nn.Module, stage: Stage) -> tuple[set[str], set[str]
     if not names:
         raise PlanError(f"stage {stage.name!r} has nothing to train: the plan turns no head linear")
     return names & inside, names - inside
-
-
-def unshare(hybrid: nn.Module, teacher: nn.Module) -> set[str]:
-    """Give the hybrid its own copy of every parameter that it shares with the teacher, in place.
-
-    Parameters tied to each other stay tied: one copy takes the place of one original wherever it occurs.
-
-    Args:
-        hybrid: what `rewrite(teacher, plan)` gave.
-        teacher: the model it was cut from; it keeps its parameters.
-
-    Returns:
-        The names of the parameters that were shared.
-
-    Raises:
-        PlanError: a module is part of both models, so that no copy could belong to the hybrid only.
-
-    Example:
-        >>> import hydrasurgery as hs
-        >>> from hydrasurgery.demo.teacher import load_teacher
-        >>> teacher, _ = load_teacher()
-        >>> hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="all-linear"))
-        >>> names = {name for name, _ in hybrid.named_parameters()}
-        >>> shared_names(hybrid, teacher) == names - addition_names(hybrid)
-        True
-        >>> unshare(hybrid, teacher) == names - addition_names(hybrid), shared_names(hybrid, teacher)
-        (True, set())
-    """
-    names = shared_names(hybrid, teacher)
-    originals = {id(parameter): parameter for parameter in teacher.parameters()}
-    both = {id(module) for module in teacher.modules()}
-    copies: dict[int, nn.Parameter] = {}
-    # `restore` brings the original attention modules back, so what they own themselves is unshared with the rest.
-    replaced = ((name, region.original) for name, region in region_modules(hybrid).items() if region.original)
-    for path, module in chain(hybrid.named_modules(), replaced):
-        for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in originals:
-                continue
-            if id(module) in both:
-                raise PlanError(f"{path or 'the model'} is one module in hybrid and teacher: rewrite the teacher again")
-            if id(parameter) not in copies:
-                copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            module._parameters[key] = copies[id(parameter)]
-    return names
