@@ -79,8 +79,8 @@ def _read_hybrids() -> None:
 
 def _join_models() -> None:
     """Make transformers know `attn_implementation="hydra"`, and load hybrids that an earlier version saved."""
-    importlib.import_module("hydrasurgery.earlier")
     importlib.import_module("hydrasurgery.ir.interface").register_interface()
+    importlib.import_module("hydrasurgery.earlier")
 
 
 when_imported("transformers.models.auto.configuration_auto", _read_hybrids)

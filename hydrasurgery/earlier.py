@@ -12,7 +12,6 @@ from hydrasurgery.errors import CheckpointError, HydraError
 from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.placement import check_placed
 from hydrasurgery.plan import Plan
-from hydrasurgery.pretrained import mark
 from hydrasurgery.surgery import apply_plan
 
 METHOD = "hydrasurgery"
@@ -37,6 +36,10 @@ class EarlierReader(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from hydrasurgery.pretrained import (
+            mark,
+        )  # which imports the module of transformers after whose import this one runs
+
         surgery: Any = self.quantization_config
         try:
             plan = Plan.from_dict(surgery.plan)
@@ -61,6 +64,8 @@ class EarlierReader(HfQuantizer):
             module._original = (None,)  # type: ignore[assignment]
         check_placed(model)
         self.remove_quantization_config(model)
+        for module in model.modules():
+            vars(getattr(module, "config", None) or module).pop("_is_quantized", None)
         return model
 
     def is_serializable(self) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
+from hydrasurgery.trust import check_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,14 +36,16 @@ def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
         dtype: of the weights; "auto" takes the checkpoint's own.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not JSON, or a tensor that the model needs is not in the
-            checkpoint; the message names the file or the tensor.
+        CheckpointError: a file is missing, truncated or not JSON, config.json asks for code to be run, or a tensor that the
+            model needs is not in the checkpoint; the message names the file or the tensor.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     check_files(path)
     name = os.fspath(path)
     try:
+        if not Path(path).is_dir():
+            check_config(PreTrainedConfig.get_config_dict(name)[0], f"{name}: config.json")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -92,7 +95,7 @@ def check_files(path: str | os.PathLike[str]) -> None:
     """Read the headers of a local folder's weights and its JSON files; a name that is no folder is the hub's matter.
 
     Raises:
-        CheckpointError: naming the first file that is missing, truncated or not JSON.
+        CheckpointError: naming the first file that is missing, truncated or not JSON, or asks for code to be run.
     """
     folder, name = Path(path), os.fspath(path)
     if not folder.is_dir():
@@ -102,6 +105,7 @@ def check_files(path: str | os.PathLike[str]) -> None:
     values = {file: _json(folder / file) for file in JSON_FILES if (folder / file).exists()}
     if "config.json" not in values:
         raise CheckpointError(f"{folder / 'config.json'}: missing; give a folder that save_pretrained wrote")
+    check_config(values["config.json"], os.fspath(folder / "config.json"))
     for file in _weight_files(folder, values.get(INDEX)):
         try:
             with safe_open(file, framework="pt"):

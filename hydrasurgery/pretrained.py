@@ -27,6 +27,7 @@ from hydrasurgery.plan import Plan
 from hydrasurgery.quantized import keep_plain
 from hydrasurgery.stored import KEY, json_text, unstored
 from hydrasurgery.surgery import apply_plan
+from hydrasurgery.trust import check_shards
 
 # Where transformers looks up what belongs to a config class, besides models.
 OTHER_MAPPINGS = {
@@ -89,9 +90,13 @@ class HybridModel:
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         check_request(cls.__name__, kwargs)
+        check_shards(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        kwargs.setdefault("use_safetensors", True)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-        added = {f"{name}.hydra.{key}" for name, m in region_modules(model).items() for key, _ in m.hydra.named_parameters()}
+        added = {
+            f"{name}.hydra.{key}" for name, m in region_modules(model).items() for key, _ in m.hydra.named_parameters()
+        }
         if lacking & added:
             raise CheckpointError(
                 f"{cls.__name__}: the checkpoint lacks {min(lacking & added)} (or holds it in another shape); save the hybrid "

@@ -18,7 +18,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from hydrasurgery.errors import CheckpointError
 from hydrasurgery.trust import check_config
 
-KEY = "hydrasurgery"  # the model type in the file, the key of the surgery there, and the config's attribute that holds it
+KEY = (
+    "hydrasurgery"  # the model type in the file, the key of the surgery there, and the config's attribute that holds it
+)
 GUARDS = ("dtype", "per_layer_config")  # of any config: every config class of transformers fails to read a text there
 ADVICE = "this is a hybrid: import hydrasurgery and load it with an Auto class, such as AutoModelForCausalLM"
 
@@ -49,7 +51,9 @@ def unstored(values: dict[str, Any], source: str) -> dict[str, Any]:
         )
     check_config({key: value for key, value in values.items() if key != KEY}, source)
     if "auto_map" in values:
-        raise CheckpointError(f"{source}: auto_map names code of the checkpoint, which a hybrid does not run; take it out")
+        raise CheckpointError(
+            f"{source}: auto_map names code of the checkpoint, which a hybrid does not run; take it out"
+        )
     if values.get("model_type") != KEY:
         return values
     base = surgery.get("base")
@@ -68,9 +72,11 @@ class StoredConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         source = str(kwargs.get("name_or_path") or "config.json")
         values = unstored(config_dict, source)
-        return importlib.import_module("hydrasurgery.pretrained").config_class_of(
-            values["model_type"], source
-        ).from_dict(values, **kwargs)
+        return (
+            importlib.import_module("hydrasurgery.pretrained")
+            .config_class_of(values["model_type"], source)
+            .from_dict(values, **kwargs)
+        )
 
 
 def register_form() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hydrasurgery.errors import CheckpointError
@@ -48,6 +51,25 @@ def check_config(values: Any, source: str) -> None:
             does = "reads files of other names" if key in FILES else "fetches and runs kernels"
             raise CheckpointError(
                 f"{source}: {path} is {value!r}, by which transformers {does}; take the entry out of the file"
+            )
+
+
+def check_shards(path: str | os.PathLike[str] | None) -> None:
+    """Refuse a local folder whose index of shards names files elsewhere; any other `path` is passed over.
+
+    Raises:
+        CheckpointError: naming the index and the file.
+    """
+    folder = Path(path) if path is not None else Path(os.devnull)
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: holds no weight_map ({error}); save the model again") from error
+        strange = sorted(name for name in named if Path(name).name != name)
+        if strange:
+            raise CheckpointError(
+                f"{index}: names {strange[0]!r}, which is not a file of its folder; save the model again"
             )
 
 

@@ -21,6 +21,7 @@ from hydrasurgery.ir.outline import BATCH, CACHE_ARGUMENTS, LENGTH, free_dtype, 
 from hydrasurgery.ir.raising import raise_attention
 from hydrasurgery.ir.region import Inputs, Region, RegionModule
 from hydrasurgery.ir.stitch import region_modules
+from hydrasurgery.quantized import blaming_quantization
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
@@ -48,7 +49,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is a hybrid already; pass the teacher it was made from, or hydrasurgery.restore it"
         )
-    with evaluating(model), using_hydra_attention(model), _unchanged(model):
+    with blaming_quantization(model), evaluating(model), using_hydra_attention(model), _unchanged(model):
         watch = _run_once(model, example_inputs)
         _check_owners(model, watch)
         cuts: dict[Any, tuple[fx.Graph, Inputs]] = {}
