@@ -15,10 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hydrasurgery.errors import CheckpointError, HydraError, PipelineError, UnsupportedModelError
+from hydrasurgery.errors import CheckpointError, HydraError, PipelineError
 from hydrasurgery.ir.region import RegionModule
 from hydrasurgery.ir.stitch import region_modules, regions
 from hydrasurgery.passes import parse

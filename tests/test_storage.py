@@ -196,6 +196,38 @@ def test_a_text_decoder_inside_a_multimodal_model(tmp_path: Path) -> None:
         hybrid.model.language_model.save_pretrained(tmp_path / "part")
 
 
+class OwnConfig(Qwen3Config):
+    """A config class outside of transformers, with a constructor of its own."""
+
+    model_type = "own_decoder"
+
+    def __init__(self, extra: int = 3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class OwnModel(Qwen3ForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_model_class_outside_of_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    hybrid = hybrid_of(OwnModel(OwnConfig(extra=5, **SMALL)))
+    hybrid.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="'own_decoder', which transformers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    AutoConfig.register("own_decoder", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnModel)
+    for loaded in (
+        type(hybrid).from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        pickle.loads(pickle.dumps(hybrid)),
+    ):
+        assert isinstance(loaded, OwnModel)
+        assert loaded.config.extra == 5
+        assert torch.equal(logits(loaded), logits(hybrid))
+
+
 # --- what lies on disk ------------------------------------------------------------------------------------------------
 
 
@@ -284,15 +316,19 @@ def test_training_goes_on_from_a_checkpoint(hybrid: Any, tmp_path: Path) -> None
 def test_lora_finds_the_hybrid_again(folder: Path, tmp_path: Path) -> None:
     from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 
-    adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2))  # by the model type
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    adapted.save_pretrained(tmp_path)
-    wanted = logits(adapted)
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path))
-    assert torch.equal(logits(again), wanted)
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(str(tmp_path))), wanted)
+    for task in ("CAUSAL_LM", None):
+        lora = LoraConfig(r=2, task_type=task)  # its targets are looked up by the model type
+        adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        adapted.save_pretrained(tmp_path / str(task))
+        wanted = logits(adapted)
+        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / str(task)))
+        assert torch.equal(logits(again), wanted)
+        allowed = None if task else [type(adapted.get_base_model()).__module__]
+        found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / str(task)), import_allowlist=allowed)
+        assert torch.equal(logits(found), wanted)
 
 
 # --- never another model ----------------------------------------------------------------------------------------------
