@@ -64,8 +64,8 @@ class EarlierReader(HfQuantizer):
             module._original = (None,)  # type: ignore[assignment]
         check_placed(model)
         self.remove_quantization_config(model)
-        for module in model.modules():
-            vars(getattr(module, "config", None) or module).pop("_is_quantized", None)
+        for part in model.modules():
+            vars(getattr(part, "config", None) or part).pop("_is_quantized", None)
         return model
 
     def is_serializable(self) -> bool:

@@ -149,14 +149,16 @@ def _config_class(base: Any) -> Any:
 
 
 @functools.cache
-def model_class(base: Any) -> Any:
-    """The class of hybrids of the model class `base`: itself if it is one."""
-    if issubclass(base, HybridModel):
-        return base
+def _model_class(base: Any) -> Any:
     members = {"__doc__": base.__doc__, "__module__": __name__, "base": base}
     if base.config_class is not None:
         members["config_class"] = _config_class(base.config_class)
     return type(base.__name__, (HybridModel, base), members)
+
+
+def model_class(base: Any) -> Any:
+    """The class of hybrids of the model class `base`: itself if it is one."""
+    return base if issubclass(base, HybridModel) else _model_class(base)
 
 
 def config_class(base: Any) -> Any:

@@ -1,10 +1,10 @@
 """A hybrid's config.json: its base model's config and the surgery, in a form that no program takes for the base model's.
 
-    {"model_type": "hydrasurgery", "dtype": "<what to do>", "per_layer_config": "<what to do>", ... the base model's fields ...,
-     "hydrasurgery": {"base": {"model_type": "qwen3", "dtype": "float32"}, "pipeline": ..., "plan": ...}}
+    {"model_type": "hydrasurgery", "vocab_size": "<what to do>", ... the other fields of the base model's config ...,
+     "hydrasurgery": {"base": {"model_type": "qwen3", "vocab_size": 151936}, "pipeline": ..., "plan": ...}}
 
 Without hydrasurgery the Auto classes know no such model type. The base model's own classes only warn of another model type, but
-fail at the two fields, the first of which they show.
+they check that a field of theirs is no text, and show it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from hydrasurgery.trust import check_config
 KEY = (
     "hydrasurgery"  # the model type in the file, the key of the surgery there, and the config's attribute that holds it
 )
-GUARDS = ("dtype", "per_layer_config")  # of any config: every config class of transformers fails to read a text there
+GUARDS = (
+    "vocab_size",
+    "text_config",
+)  # a decoder's config class has one of them; PreTrainedConfig, as the Trainer reads it, has none
 ADVICE = "this is a hybrid: import hydrasurgery and load it with an Auto class, such as AutoModelForCausalLM"
 
 
 def stored(values: dict[str, Any]) -> dict[str, Any]:
     """The form for the file of a hybrid's config, given as its base model's fields and the surgery."""
-    base = {name: values[name] for name in ("model_type", *GUARDS) if name in values}
-    return {**values, **dict.fromkeys(GUARDS, ADVICE), "model_type": KEY, KEY: {**values[KEY], "base": base}}
+    guards = [name for name in GUARDS if name in values] or ["dtype"]  # a dtype is read by every class, and refused
+    base = {name: values[name] for name in ("model_type", *guards) if name in values}
+    return {**values, **dict.fromkeys(guards, ADVICE), "model_type": KEY, KEY: {**values[KEY], "base": base}}
 
 
 def json_text(text: str) -> str:
@@ -43,8 +47,10 @@ def unstored(values: dict[str, Any], source: str) -> dict[str, Any]:
         CheckpointError: naming `source`, if there is no surgery, or code would be run.
     """
     surgery = values.get(KEY)
-    typed = isinstance(surgery, dict) and isinstance(surgery.get("plan"), dict)
-    if not typed or not isinstance(surgery.get("pipeline"), str):
+    whole = (
+        isinstance(surgery, dict) and isinstance(surgery.get("plan"), dict) and isinstance(surgery.get("pipeline"), str)
+    )
+    if not isinstance(surgery, dict) or not whole:
         raise CheckpointError(
             f"{source}: is no hybrid, or lacks its plan or pipeline; load another model with its own class or an Auto class, "
             "or save the hybrid again with save_pretrained"
@@ -59,7 +65,7 @@ def unstored(values: dict[str, Any], source: str) -> dict[str, Any]:
     base = surgery.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("model_type"), str):
         raise CheckpointError(f"{source}: does not say what model the hybrid was made of; save the hybrid again")
-    rest = {key: value for key, value in values.items() if key not in GUARDS}
+    rest = {key: value for key, value in values.items() if value != ADVICE}
     return {**rest, **base, KEY: {key: value for key, value in surgery.items() if key != "base"}}
 
 
