@@ -76,7 +76,7 @@ class HybridModel:
     base: Any  # the model class that it extends
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not isinstance(config, HybridConfig):
             raise CheckpointError(
                 f"{type(self).__name__}: the config holds no surgery; build the model with {self.base.__module__}."
@@ -190,7 +190,8 @@ def config_class_of(model_type: str, source: str) -> Any:
 def _mappings() -> Iterator[Any]:
     """The tables of transformers that have something for a config class."""
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    for cls in vars(auto).values():
+    classes: list[Any] = list(vars(auto).values())
+    for cls in classes:
         if isinstance(cls, type) and issubclass(cls, auto._BaseAutoModelClass) and cls._model_mapping is not None:
             yield cls._model_mapping
     for module, name in OTHER_MAPPINGS.items():

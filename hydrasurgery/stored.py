@@ -1,10 +1,10 @@
 """A hybrid's config.json: its base model's config and the surgery, in a form that no program takes for the base model's.
 
-    {"model_type": "hydrasurgery", "vocab_size": "<what to do>", ... the other fields of the base model's config ...,
-     "hydrasurgery": {"base": {"model_type": "qwen3", "vocab_size": 151936}, "pipeline": ..., "plan": ...}}
+    {"model_type": "hydrasurgery", "tie_word_embeddings": "<what to do>", ... the other fields of the base model's config ...,
+     "hydrasurgery": {"base": {"model_type": "qwen3", "tie_word_embeddings": false}, "pipeline": ..., "plan": ...}}
 
 Without hydrasurgery the Auto classes know no such model type. The base model's own classes only warn of another model type, but
-they check that a field of theirs is no text, and show it.
+they check that some fields of theirs are no text, and show the text.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from transformers.configuration_utils import PreTrainedConfig
 from hydrasurgery.errors import CheckpointError
 from hydrasurgery.trust import check_config
 
-KEY = (
-    "hydrasurgery"  # the model type in the file, the key of the surgery there, and the config's attribute that holds it
-)
-GUARDS = (
-    "vocab_size",
-    "text_config",
-)  # a decoder's config class has one of them; PreTrainedConfig, as the Trainer reads it, has none
+# The model type in the file, the key of the surgery there, and the config's attribute that holds it.
+KEY = "hydrasurgery"
+# Every decoder's config class has one of these for itself and checks its type. PreTrainedConfig, by which the Trainer reads any
+# config.json, has none.
+GUARDS = ("tie_word_embeddings", "eos_token_id", "text_config")
 ADVICE = "this is a hybrid: import hydrasurgery and load it with an Auto class, such as AutoModelForCausalLM"
 
 
 def stored(values: dict[str, Any]) -> dict[str, Any]:
     """The form for the file of a hybrid's config, given as its base model's fields and the surgery."""
-    guards = [name for name in GUARDS if name in values] or ["dtype"]  # a dtype is read by every class, and refused
+    guards = [name for name in GUARDS if name in values or name != "text_config"]
     base = {name: values[name] for name in ("model_type", *guards) if name in values}
     return {**values, **dict.fromkeys(guards, ADVICE), "model_type": KEY, KEY: {**values[KEY], "base": base}}
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GenerationConfig,
+    PreTrainedConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
@@ -238,12 +240,13 @@ def test_the_file_is_a_form_of_its_own_and_the_object_is_like_its_base(hybrid: A
     assert values["model_type"] == "hydrasurgery"
     assert values["hydrasurgery"]["base"]["model_type"] == "qwen3"
     assert values["architectures"] == ["Qwen3ForCausalLM"]
-    assert (values["hidden_size"], values["vocab_size"]) == (64, stored.ADVICE)
+    assert (values["hidden_size"], values["tie_word_embeddings"]) == (64, stored.ADVICE)
     assert "quantization_config" not in values
     config = AutoConfig.from_pretrained(folder)
     for read in (config, hybrid.config):
         assert isinstance(read, Qwen3Config)
-        assert (read.model_type, read.to_dict()["model_type"], read.vocab_size) == ("qwen3", "qwen3", 96)
+        assert (read.model_type, read.to_dict()["model_type"]) == ("qwen3", "qwen3")
+        assert (read.tie_word_embeddings, read.eos_token_id) == (False, 2)
     assert isinstance(hybrid, Qwen3ForCausalLM)
     assert type(hybrid).__name__ == "Qwen3ForCausalLM"
 
@@ -371,6 +374,19 @@ def test_without_the_import_nothing_loads_a_hybrid(folder: Path) -> None:
         assert "model type `hydrasurgery`" in line
     for line in said[3:-1]:
         assert stored.ADVICE in line
+
+
+def test_no_config_class_of_a_decoder_reads_the_form() -> None:
+    form = stored.stored({"model_type": "some", stored.KEY: {}})
+    for model_type in ("llama", "qwen3", "gpt2", "opt", "phi3", "gemma2", "mixtral", "bloom", "cohere2", "gpt_neox"):
+        with pytest.raises(Exception, match="import hydrasurgery"):
+            CONFIG_MAPPING[model_type].from_dict(dict(form))
+    for model_type in ("gemma3", "llama4", "mllama"):  # whose decoders are in a text_config
+        with pytest.raises(Exception, match="import hydrasurgery"):
+            CONFIG_MAPPING[model_type].from_dict(
+                stored.stored({"model_type": model_type, "text_config": {}, stored.KEY: {}})
+            )
+    PreTrainedConfig.from_dict(dict(form))
 
 
 def test_the_base_class_does_not_load_a_hybrid_as_its_base(folder: Path) -> None:
