@@ -190,10 +190,11 @@ def config_class_of(model_type: str, source: str) -> Any:
 def _mappings() -> Iterator[Any]:
     """The tables of transformers that have something for a config class."""
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    classes: list[Any] = list(vars(auto).values())
-    for cls in classes:
-        if isinstance(cls, type) and issubclass(cls, auto._BaseAutoModelClass) and cls._model_mapping is not None:
-            yield cls._model_mapping
+    for cls in vars(auto).values():
+        if isinstance(cls, type) and issubclass(cls, auto._BaseAutoModelClass):
+            mapping = vars(cls).get("_model_mapping")
+            if mapping is not None:
+                yield mapping
     for module, name in OTHER_MAPPINGS.items():
         yield getattr(importlib.import_module(f"transformers.models.auto.{module}"), name)
 

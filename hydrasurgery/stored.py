@@ -53,18 +53,16 @@ def unstored(values: dict[str, Any], source: str) -> dict[str, Any]:
             f"{source}: is no hybrid, or lacks its plan or pipeline; load another model with its own class or an Auto class, "
             "or save the hybrid again with save_pretrained"
         )
-    check_config({key: value for key, value in values.items() if key != KEY}, source)
-    if "auto_map" in values:
+    base = {} if values.get("model_type") != KEY else surgery.get("base")
+    if not isinstance(base, dict) or (values.get("model_type") == KEY and not isinstance(base.get("model_type"), str)):
+        raise CheckpointError(f"{source}: does not say what model the hybrid was made of; save the hybrid again")
+    fields = {**{key: value for key, value in values.items() if value != ADVICE and key != KEY}, **base}
+    check_config(fields, source)
+    if "auto_map" in fields:
         raise CheckpointError(
             f"{source}: auto_map names code of the checkpoint, which a hybrid does not run; take it out"
         )
-    if values.get("model_type") != KEY:
-        return values
-    base = surgery.get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("model_type"), str):
-        raise CheckpointError(f"{source}: does not say what model the hybrid was made of; save the hybrid again")
-    rest = {key: value for key, value in values.items() if value != ADVICE}
-    return {**rest, **base, KEY: {key: value for key, value in surgery.items() if key != "base"}}
+    return {**fields, KEY: {key: value for key, value in surgery.items() if key != "base"}}
 
 
 class StoredConfig(PreTrainedConfig):
