@@ -72,10 +72,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _join_transformers() -> None:
-    """Make transformers load saved hybrids, and know `attn_implementation="hydra"`."""
-    importlib.import_module("hydrasurgery.pretrained")
+def _read_hybrids() -> None:
+    """Make transformers read the config.json of saved hybrids, and with it load them."""
+    importlib.import_module("hydrasurgery.stored").register_form()
+
+
+def _join_models() -> None:
+    """Make transformers know `attn_implementation="hydra"`, and load hybrids that an earlier version saved."""
     importlib.import_module("hydrasurgery.ir.interface").register_interface()
+    importlib.import_module("hydrasurgery.earlier")
 
 
-when_imported("transformers.modeling_utils", _join_transformers)
+when_imported("transformers.models.auto.configuration_auto", _read_hybrids)
+when_imported("transformers.modeling_utils", _join_models)

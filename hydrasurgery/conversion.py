@@ -64,9 +64,7 @@ def rewrite(
     hybrid = share_copy(model)
     steps = pipeline or hybrid_pipeline(plan.layer)
     apply_plan(hybrid, plan, steps, example_inputs, dump)
-    config = getattr(hybrid, "config", None)
-    if config is not None:
-        mark(hybrid, plan, steps)
+    mark(hybrid, plan, steps)
     hybrid.train(model.training)
     return hybrid
 

@@ -14,6 +14,7 @@ from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
 from hydrasurgery.json_files import load_json, shown
 from hydrasurgery.records import Bounds, read_value
+from hydrasurgery.trust import check_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,16 +44,20 @@ def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
         dtype: of the weights; "auto" takes the checkpoint's own.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not JSON, or a tensor that the model needs is not in the
-            checkpoint; the message names the file or the tensor.
+        CheckpointError: a file is missing, truncated or not JSON, config.json asks for code to be run, or a tensor that the
+            model needs is not in the checkpoint; the message names the file or the tensor.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
     check_files(path)
     name = os.fspath(path)
     options: Any = {"trust_remote_code": False}
     try:
+        if not Path(path).is_dir():
+            check_config(PreTrainedConfig.get_config_dict(name)[0], f"{name}: config.json")
         config = AutoConfig.from_pretrained(name, **options)
+    except HydraError:
+        raise
     except Exception as error:  # a config class checks its own values in ways of its own
         raise CheckpointError(
             f"{os.path.join(name, 'config.json')}: not a config that transformers can read ({type(error).__name__}: {error}); give "
@@ -108,7 +113,7 @@ def check_files(path: str | os.PathLike[str]) -> None:
     """Read the headers of a local folder's weights and its JSON files; a name that is no folder is the hub's matter.
 
     Raises:
-        CheckpointError: naming the first file that is missing, truncated or not JSON.
+        CheckpointError: naming the first file that is missing, truncated or not JSON, or asks for code to be run.
     """
     folder, name = Path(path), os.fspath(path)
     if not folder.is_dir():
@@ -118,6 +123,7 @@ def check_files(path: str | os.PathLike[str]) -> None:
     values = {file: _object(folder / file) for file in JSON_FILES if (folder / file).exists()}
     if "config.json" not in values:
         raise CheckpointError(f"{folder / 'config.json'}: missing; give a folder that save_pretrained wrote")
+    check_config(values["config.json"], os.fspath(folder / "config.json"))
     _check_sizes(values["config.json"], folder / "config.json")
     for file in _weight_files(folder, values.get(INDEX)):
         try:

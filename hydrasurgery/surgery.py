@@ -27,6 +27,7 @@ from hydrasurgery.passes import (
     parse,
     run_pipeline,
 )
+from hydrasurgery.placement import check_placed
 from hydrasurgery.plan import Plan
 
 
@@ -79,12 +80,7 @@ def _check_rotary(model: nn.Module, regions: list[Region], passes: tuple[Pass, .
 
 def _check_interface(model: nn.Module) -> None:
     """A region reads complete masks [B, 1, T, S], which flash and flex attention do not make, and its weights in place."""
-    hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
-    if hooked is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: accelerate moves the weights of {hooked or 'the model'} about (device_map over several "
-            "devices, or offloading); load the model on one device"
-        )
+    check_placed(model)
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if implementation not in (None, "eager", "sdpa", "hydra"):
         raise UnsupportedModelError(

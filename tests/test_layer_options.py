@@ -313,7 +313,7 @@ def test_a_plan_keeps_its_layer_and_a_rewrite_may_change_it(tmp_path: Path) -> N
         hybrid = hs.rewrite(model, plan, layer=layer)
         hybrid.save_pretrained(tmp_path / "hybrid")
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
-        kept = hs.Plan.from_dict(loaded.config.quantization_config.plan)
+        kept = hs.Plan.from_dict(loaded.config.hydrasurgery["plan"])
         assert kept.layer == hs.LayerOptions.of(layer or "hydrahead")
         assert [str(r.graph) for r in hs.regions(loaded)] == [str(r.graph) for r in hs.regions(hybrid)]
         with torch.no_grad():

@@ -466,7 +466,7 @@ def test_passes_after_the_rewrite_are_saved_with_the_hybrid(hybrid: nn.Module, t
     for _ in range(2):
         hybrid.save_pretrained(tmp_path)
         loaded = type(hybrid).from_pretrained(tmp_path).eval()
-        assert loaded.config.quantization_config.pipeline.endswith("fuse-decode,soften")
+        assert loaded.config.hydrasurgery["pipeline"].endswith("fuse-decode,soften")
         assert torch.equal(full(loaded), full(hybrid))
     for other in (loaded, copy.deepcopy(hybrid)):
         run_pipeline(hs.regions(other), "soften{scale=0.3}")

@@ -42,10 +42,10 @@ def inspect(model: Model) -> None:
     from hydrasurgery.surgery import hybrid_pipeline
 
     decoder = load_model(model)
-    surgery = getattr(decoder.config, "quantization_config", None)
+    surgery = getattr(decoder.config, "hydrasurgery", None)
     if region_modules(decoder) and surgery is not None:
-        made = Plan.from_dict(surgery.plan, model)
-        own = "" if parse(surgery.pipeline) == parse(hybrid_pipeline(made.layer)) else f"\npasses {surgery.pipeline}"
+        made, passes = Plan.from_dict(surgery["plan"], model), surgery["pipeline"]
+        own = "" if parse(passes) == parse(hybrid_pipeline(made.layer)) else f"\npasses {passes}"
         typer.echo(f"{type(decoder).__name__}, a hybrid already\n\n{made}{own}")
         return
     regions = capture(share_copy(decoder))

@@ -21,6 +21,7 @@ from hydrasurgery.ir.outline import BATCH, CACHE_ARGUMENTS, LENGTH, free_dtype, 
 from hydrasurgery.ir.raising import raise_attention
 from hydrasurgery.ir.region import Inputs, Region, RegionModule
 from hydrasurgery.ir.stitch import region_modules
+from hydrasurgery.quantized import blaming_quantization
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
@@ -48,7 +49,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is a hybrid already; pass the teacher it was made from, or hydrasurgery.restore it"
         )
-    with evaluating(model), using_hydra_attention(model):
+    with blaming_quantization(model), evaluating(model), using_hydra_attention(model), _unchanged(model):
         watch = _run_once(model, example_inputs)
         _check_owners(model, watch)
         cuts: dict[Any, tuple[fx.Graph, Inputs]] = {}
@@ -62,6 +63,20 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
                 free_dtype(cuts[key][0])
             regions.append(_region(name, owner, *cuts[key]))
     return regions
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """After the block the modules have the attributes they had: a rotary embedding may keep tables of the run, on its device."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
+                for key in now.keys() - then.keys():
+                    del now[key]
+                now.update(then)
 
 
 class _Watch(TorchFunctionMode):

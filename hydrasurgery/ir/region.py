@@ -359,6 +359,11 @@ class RegionModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the replaced module's `forward`."""
+        if hasattr(self.hydra, "_hf_hook"):
+            raise UnsupportedModelError(
+                f"{self.region.name}: accelerate offloads its weights, which its graph reads in place; keep the hybrid whole, on "
+                "one device"
+            )
         bound = self._inputs.bind(args, kwargs)
         values = self._inputs.flatten(bound)
         for (name, _), value in zip(self._inputs.paths, values, strict=True):
