@@ -90,6 +90,18 @@ def rotations(x: fx.Node) -> list[fx.Node]:
     return [node for node in ancestors(x) if node.target is rotate]
 
 
+def knows_places(region: Region, x: fx.Node) -> bool:
+    """Whether x [B, H, T, D] is computed from a table of numbers a token and channel that the hidden states do not give.
+
+    Such a table is what a rotary embedding looks like that was not recognised. One number a token is none: a scale.
+    """
+    hidden = _after_hidden(region)
+    inside = [node for node in ancestors(x) if node in hidden]
+    tables = {table for node in inside for table in node.all_input_nodes if table not in hidden}
+    shapes = [table.meta.get("shape") for table in tables]
+    return any(shape and "T" in map(str, shape[:-1]) and shape[-1] != 1 for shape in shapes)
+
+
 def _after_hidden(region: Region) -> set[fx.Node]:
     """What is computed from the values of the hidden states, and not only from their sizes."""
     found = {region.source}
