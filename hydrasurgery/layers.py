@@ -118,6 +118,11 @@ def to_heads(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads, -1))
 
 
+def cast_like(x: Tensor, like: Tensor) -> Tensor:
+    """x in the dtype of `like`."""
+    return x.to(like.dtype)
+
+
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension, in fp32 (fp64 for fp64), returned in x's dtype."""
     y = wide(x)

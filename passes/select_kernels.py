@@ -75,7 +75,7 @@ class SelectKernels(Pass):
         if node.target is LINEAR_ATTENTION:
             yield str(node.kwargs["rule"])
         if node.target is CAUSAL_CONV:
-            yield "reset"
+            yield from ("reset", "padding")
         if node.target in (LINEAR_ATTENTION, CAUSAL_CONV) and self.mode == DECODE:
             yield "state"
 

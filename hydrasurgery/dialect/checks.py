@@ -25,6 +25,15 @@ def expect_state(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be float32 or float64, found {x.dtype}")
 
 
+def check_mask_dtype(mask: Tensor) -> None:
+    """Raise for a mask of integers, of which nobody knows whether they are flags or summands."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"mask must be bool (True = may attend) or float (added to the scores), found {mask.dtype}: give mask.bool() if 1 "
+            "means that a key may be attended to"
+        )
+
+
 def exact(x: Tensor) -> Tensor:
     """x as its fake kernel promised it: dense, dimensions of size 1 included, and no slice that keeps a larger tensor alive.
 

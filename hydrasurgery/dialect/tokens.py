@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import expect
+from hydrasurgery.dialect.checks import check_mask_dtype, expect
 
 MASKED = -1.0e4  # what additive masks hold where a token may not attend is this or less, in every dtype
 
@@ -81,7 +81,7 @@ def _starts(first: Tensor, valid: Tensor, own: Tensor, start: Tensor | int, wind
     follows = _look(first, (before + start).clamp(min=0))
     if window is not None:
         follows = follows | (torch.arange(length, device=first.device) - before >= window)
-    return valid & ~torch.where(before >= 0, follows, goes_on)
+    return valid & ~((before >= 0) & follows) & ~((before < 0) & goes_on)
 
 
 def _look(first: Tensor, columns: Tensor) -> Tensor:
@@ -95,7 +95,8 @@ def _is(size: Any, number: int) -> bool:
 
 
 def expect_mask(mask: Tensor, length: int) -> None:
-    """Raise unless a mask has a row a token."""
+    """Raise unless a mask has a row a token, of a dtype that says what it means."""
+    check_mask_dtype(mask)
     if mask.dim() != 4 or mask.shape[2] != length:
         raise ValueError(
             f"an attention mask must be complete, [batch or 1, heads or 1, {length}, keys], found {list(mask.shape)}: "
@@ -104,19 +105,8 @@ def expect_mask(mask: Tensor, length: int) -> None:
 
 
 def may_attend(mask: Tensor) -> Tensor:
-    """Where a bool or additive mask lets a query attend to a key.
-
-    Raises:
-        ValueError: for integers, of which nobody knows whether they are flags or summands.
-    """
-    if mask.dtype == torch.bool:
-        return mask
-    if not mask.is_floating_point():
-        raise ValueError(
-            f"an attention mask must be bool (True = may attend) or float (added to the scores), found {mask.dtype}: "
-            "give mask.bool() if 1 means that a key may be attended to"
-        )
-    return mask > MASKED
+    """Where a bool or additive mask lets a query attend to a key."""
+    return mask if mask.dtype == torch.bool else mask > MASKED
 
 
 def previous_tokens(valid: Tensor, mask: Tensor | None = None) -> Tensor | None:

@@ -14,6 +14,7 @@ import onnx
 import torch
 from onnxscript import ir, opset23, values
 
+from hydrasurgery.dialect.names import DELTA_RULES
 from hydrasurgery.errors import ExportError
 
 op: Any = opset23
@@ -161,7 +162,9 @@ class Lowering:
             update_rule=rule,
             scale=dim**-0.5 if scale is None else scale,
         )
-        return op.Reshape(op.CastLike(out, v), op.Constant(value_ints=[0, 0, heads, width])), present
+        narrow = v.dtype != ir.DataType.FLOAT16 or rule in DELTA_RULES  # the dtype of `ops.linear_attention`
+        out = op.CastLike(out, v) if narrow else out
+        return op.Reshape(out, op.Constant(value_ints=[0, 0, heads, width])), present
 
     def causal_conv(self, x: Any, weight: Any, state: Any, reset: Any, previous: Any) -> tuple[Any, Any]:
         """x [B, T, C] turned to [B, C, T]; with `previous`, padding is brought to the front, the state and the tokens behind it.
@@ -195,8 +198,7 @@ class Lowering:
         first = op.Transpose(op.Slice(line, *_span(0, before, 1)), perm=[0, 2, 1])
         y, present = self._convolve(op.Slice(line, *_span(before, 2**62, 1)), taps, first)
         y = op.Slice(_take(op.Concat(past, y, axis=1), goes_to), *_span(before, 2**62, 1))
-        zero = op.CastLike(op.Constant(value_float=0.0), y)
-        return op.Where(op.Unsqueeze(valid, op.Constant(value_ints=[2])), y, zero), present
+        return op.Mul(y, op.CastLike(op.Unsqueeze(valid, op.Constant(value_ints=[2])), y)), present
 
     def _convolve(self, x: Any, taps: Any, state: Any) -> tuple[Any, Any]:
         channels_first = op.Transpose(x, perm=[0, 2, 1])
@@ -293,11 +295,11 @@ def _unless_reset(state: Any, reset: Any, dims: int) -> Any:
     """A state [B, ...] of `dims` more dimensions, 0 in rows that have a reset (which is at their first token: see above)."""
     if state is None or reset is None:
         return state
-    flags = op.Cast(reset, to=ir.DataType.INT64)
-    found = op.Cast(op.ReduceMax(flags, op.Constant(value_ints=[1]), keepdims=0), to=ir.DataType.BOOL)
+    kept = op.Cast(op.Not(reset), to=ir.DataType.INT64)
+    kept = op.ReduceMin(kept, op.Constant(value_ints=[1]), keepdims=0)
     if dims:
-        found = op.Unsqueeze(found, op.Constant(value_ints=list(range(1, dims + 1))))
-    return op.Where(found, op.CastLike(op.Constant(value_int=0), state), state)
+        kept = op.Unsqueeze(kept, op.Constant(value_ints=list(range(1, dims + 1))))
+    return op.Mul(state, op.CastLike(kept, state))
 
 
 def _span(start: int, stop: int, axis: int) -> list[Any]:
