@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hydrasurgery.kernels.rotary import TURNS, rotate
+from hydrasurgery.kernels.rotary import rotate
 
 FORGET = -50.0  # log decay at a document's first token: exp(-50) of the old state is nothing in fp32
 LOG_LENGTH = 500.0
@@ -104,7 +104,9 @@ def to_tokens(heads: Tensor, valid: Tensor) -> Tensor:
     """[B, H, T, D] -> [B, T, H * D] with padded tokens zeroed (valid [B, T])."""
     # Cloned, not left to flatten: whether that copies depends on T being 1, and an exported graph would exclude one of the two.
     tokens = heads.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
-    return tokens.masked_fill(~valid.unsqueeze(-1), 0)  # not multiplied: whatever stands at padding, NaN too, stays there
+    return tokens.masked_fill(
+        ~valid.unsqueeze(-1), 0
+    )  # not multiplied: whatever stands at padding, NaN too, stays there
 
 
 def forget(reset: Tensor, num_heads: int) -> Tensor:

@@ -5,7 +5,8 @@ look up tokens, and two helpers on heads and masks.
 
 An operator is `torch.ops.hydra.<name>`, in a file of its own in `hydrasurgery.dialect`: a schema, a fake kernel, an analytic
 backward that is an operator too (`hydra::<name>_backward`; decoding, counting and looking up have none), and kernels in
-`hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses one for each call (counting and looking up are plain PyTorch everywhere).
+`hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses one for each call (counting and looking up are plain PyTorch
+everywhere).
 `hydra::linear_attention_forward` is the forward of linear attention that trains: it also returns what its backward needs again.
 Layouts and meanings follow ONNX where ONNX has the operator. Graphs call the operators themselves. Inside, arithmetic is fp32
 (fp64 for fp64 inputs); autocast has no say in it, except that it lowers the q, k, v of `attention`, as it does for PyTorch's own

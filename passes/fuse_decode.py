@@ -13,7 +13,16 @@ from hydrasurgery.dialect.names import CAUSAL_CONV, FUSION, LINEAR_ATTENTION
 from hydrasurgery.ir.graphs import arguments, remove_unused
 from hydrasurgery.ir.region import STATE, Region
 from hydrasurgery.ir.state import step_linear, write_state
-from hydrasurgery.layers import BetaGate, DecayGate, OutputGate, l2_norm, merge_heads, rotate_tokens, to_heads, to_tokens
+from hydrasurgery.layers import (
+    BetaGate,
+    DecayGate,
+    OutputGate,
+    l2_norm,
+    merge_heads,
+    rotate_tokens,
+    to_heads,
+    to_tokens,
+)
 from hydrasurgery.ops import previous_tokens
 from hydrasurgery.passes.base import Pass, PassResult, register
 
@@ -27,8 +36,8 @@ Turn = tuple[Any, ...]  # cos, sin and turn of the rotary embedding after the co
 class FuseDecode(Pass):
     """Gives the region a second graph, `decode`, in which all that follows the projections of a linear head is one node.
 
-    That is: gates, convolution, a rotary embedding after it, L2 norm, recurrence, RMS norm, gamma and output gate. The region's own graph stays as it is:
-    prefill, training and tracing run it. Where the linear branch is anything but what linearize-heads and fuse-heads make of rule
+    That is: gates, convolution, a rotary embedding after it, L2 norm, recurrence, RMS norm, gamma and output gate. The region's own
+    graph stays as it is: prefill, training and tracing run it. Where the linear branch is anything but what linearize-heads and fuse-heads make of rule
     gated_delta with full heads passed through and no native convolution, the region keeps one graph.
     """
 
@@ -128,7 +137,11 @@ def _branch(node: fx.Node, valid: fx.Node, reset: fx.Node) -> Branch | None:
         conv = arguments(mixed)[0]
         if not _is(mixed, operator.getitem, conv, 0) or conv.target is not CAUSAL_CONV or not _only_read(conv):
             return None
-        if arguments(conv)[0] is not plain or arguments(conv)[3] is not reset or not _follows(arguments(conv)[4], valid):
+        if (
+            arguments(conv)[0] is not plain
+            or arguments(conv)[3] is not reset
+            or not _follows(arguments(conv)[4], valid)
+        ):
             return None
         if any(len(n.users) != 1 for n in (tokens, mixed)) or set(plain.users) != {tokens, conv}:
             return None

@@ -9,9 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx, nn
 
-from hydrasurgery.dialect.names import ATTENTION, FULL, FUSION, LINEAR
+from hydrasurgery.dialect.names import ATTENTION, DELTA_RULES, FULL, FUSION, LINEAR
 from hydrasurgery.ir.region import Region
-from hydrasurgery.dialect.names import DELTA_RULES
 from hydrasurgery.layers import OutputGate, cast_like, merge_heads
 from hydrasurgery.passes.base import Pass, PassResult, register
 

@@ -29,10 +29,10 @@ from hydrasurgery.bench.cases import DECODE, Layer
 from hydrasurgery.kernels.attention import triton as attention
 from hydrasurgery.kernels.causal_conv import triton as conv
 from hydrasurgery.kernels.decode_step import triton as decode
-from hydrasurgery.kernels.rotary import TURNS
 from hydrasurgery.kernels.linear_attention import triton as linear
 from hydrasurgery.kernels.linear_attention import triton_walks
 from hydrasurgery.kernels.registry import BACKWARD, Case, Machine, choose
+from hydrasurgery.kernels.rotary import TURNS
 from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
 
 LAST = "llir"  # the compiler's stage that finds the shared memory; those after it are left out

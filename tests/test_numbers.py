@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
@@ -20,7 +21,13 @@ from tests.test_families import half_plan, stir
 
 IDS = torch.arange(3, 27).view(2, 12)
 RULES = ("linear", "gated", "delta", "gated_delta")
-LAYERS = ("default", "hydrahead", "log_length=true,rule=gated", "rule=delta,full_norm=paper", "conv=residual,rule=linear")
+LAYERS = (
+    "default",
+    "hydrahead",
+    "log_length=true,rule=gated",
+    "rule=delta,full_norm=paper",
+    "conv=residual,rule=linear",
+)
 
 
 @functools.cache
@@ -51,27 +58,23 @@ class Narrow(TorchDispatchMode):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_hybrid_of_fp64_computes_nothing_in_fp32(layer: str) -> None:
     hybrid = hybrid_of(layer, family="llama").double()  # whose own attention has no norm, which would be of fp32
-    module = next(iter(hs.region_modules(hybrid).values()))
-    heard: dict[str, Any] = {}
-    handle = module.register_forward_pre_hook(lambda _m, args, kwargs: heard.update(kwargs), with_kwargs=True)
-    for attention_mask in (torch.ones_like(IDS), (IDS > 5).long()):
-        hybrid(IDS, attention_mask=attention_mask, use_cache=True)
-        for length in (12, 1):
-            part = {key: _first(value, length) for key, value in heard.items()}
-            with Narrow() as narrow:
-                module(**part)[0].sum().backward()
-            assert not narrow.found
-    handle.remove()
+    narrow, calls = Narrow(), 0
 
+    def leave(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        narrow.__exit__(None, None, None)
 
-def _first(value: Any, length: int) -> Any:
-    """An argument of a layer's call, of its first tokens only."""
-    if isinstance(value, tuple):
-        return tuple(_first(part, length) for part in value)
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    return value[:, :, :length, :length] if value.dim() == 4 else value[:, :length]
+    for module in hs.region_modules(hybrid).values():
+        module.register_forward_pre_hook(lambda *_: narrow.__enter__() and None)
+        module.register_forward_hook(leave)
+    with torch.no_grad():
+        for mask in (torch.ones_like(IDS), (IDS > 5).long()):
+            cache = hybrid(IDS[:, :7], attention_mask=mask[:, :7], use_cache=True).past_key_values
+            for first, last in ((7, 8), (8, 12)):
+                hybrid(IDS[:, first:last], attention_mask=mask[:, :last], past_key_values=cache)
+    assert calls == 2 * 2 * 3
+    assert not narrow.found
 
 
 # --- mixed dtypes -----------------------------------------------------------------------------------------------------
@@ -83,12 +86,17 @@ def test_additions_may_have_a_dtype_of_their_own(layer: str, body: str, added: s
     model = tiny("qwen3")
     hybrid = stir(hs.rewrite(model, half_plan(model), layer=layer))
     wanted = hybrid(IDS, use_cache=False).logits.detach()
+    plain = copy.deepcopy(hybrid).to(getattr(torch, body))(IDS, use_cache=False).logits.detach()
+    limit = 1.5 * float((plain.float() - wanted).norm()) + 1e-3
     hybrid.to(getattr(torch, body))
     for module in hs.region_modules(hybrid).values():
         module.hydra.to(getattr(torch, added))
     found = hybrid(IDS, use_cache=False).logits
     assert found.dtype == getattr(torch, body)
-    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+    limit = (
+        max(limit, 0.02 * float(wanted.norm())) if body == "float32" else limit
+    )  # its additions are the less exact part
+    assert (found.float() - wanted).norm() < limit
     found.float().sum().backward()
     with torch.no_grad():
         cache, parts = None, []
@@ -96,7 +104,7 @@ def test_additions_may_have_a_dtype_of_their_own(layer: str, body: str, added: s
             out = hybrid(IDS[:, place : place + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             parts.append(out.logits)
-    assert (torch.cat(parts, 1).float() - wanted[:, :5]).norm() < 0.05 * wanted[:, :5].norm()
+    assert (torch.cat(parts, 1).float() - wanted[:, :5]).norm() < limit
 
 
 @pytest.mark.parametrize("layer", ["default", "hydrahead"])
@@ -147,7 +155,7 @@ def test_operators_of_no_tokens_give_none_and_keep_states(batch: int, length: in
         out = ops.attention(*heads, **given)
         assert out.shape == (batch, length, 3, 4)
         out.sum().backward()
-    fused = ops.scale_norm_fusion(out, v[:, :, :2], torch.ones(5), linear_heads=[1, 2], norm_full=True)
+    fused = ops.scale_norm_fusion(out.detach(), v[:, :, :2], torch.ones(5), linear_heads=[1, 2], norm_full=True)
     assert fused.shape == (batch, length, 5, 4)
     fused.sum().backward()
     assert ops.token_positions(valid, ~valid)[0].shape == (batch, length)
@@ -305,5 +313,7 @@ def test_masks_that_are_not_complete_are_refused_where_they_say_too_little() -> 
     teacher = tiny("qwen3")(IDS, attention_mask=short, use_cache=False).logits
     assert torch.allclose(full(IDS, attention_mask=short, use_cache=False).logits, teacher, atol=1e-6)
     for kinds in (("linear",) * 4, ("full", "linear", "linear", "full")):
-        with pytest.raises(ValueError, match=r"must be complete, \[batch or 1, heads or 1, 12, keys\], found \[2, 1, 1, 12\]"):
+        with pytest.raises(
+            ValueError, match=r"must be complete, \[batch or 1, heads or 1, 12, keys\], found \[2, 1, 1, 12\]"
+        ):
             hybrid_of("default", kinds).float()(IDS, attention_mask=short, use_cache=False)

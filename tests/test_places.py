@@ -37,7 +37,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 class Exact(TorchFunctionMode):
-    """`x.float()` leaves fp64 as it is: models of transformers round their tables to fp32, so that places far apart differ by that."""
+    """`x.float()` gives fp64: models of transformers round their tables to fp32, so that places far apart differ by that."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0].double() if func is Tensor.float else func(*args, **(kwargs or {}))
@@ -102,7 +102,9 @@ def test_padding_may_count_as_places(layer: str) -> None:
     mask[0, :5] = 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     for model in (teacher, hybrid):
-        given, counted = (model(IDS, attention_mask=mask, position_ids=p, use_cache=False).logits for p in (places, None))
+        given, counted = (
+            model(IDS, attention_mask=mask, position_ids=p, use_cache=False).logits for p in (places, None)
+        )
         assert float((given - counted)[mask.bool()].abs().max()) < 1e-6  # the norms of q and k are of fp32
 
 

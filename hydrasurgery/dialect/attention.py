@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import check_mask_dtype, exact, expect, fake, fake_or_empty, full_precision, or_empty, save
+from hydrasurgery.dialect.checks import (
+    check_mask_dtype,
+    exact,
+    expect,
+    fake,
+    fake_or_empty,
+    full_precision,
+    or_empty,
+    save,
+)
 from hydrasurgery.kernels import registry
 
 

@@ -78,7 +78,9 @@ def _(x, weight, state=None, reset=None, previous=None):
 def _causal_conv_backward(grad, grad_state, x, weight, state=None, reset=None, previous=None):
     case = registry.causal_conv_case("backward", x, weight, state, reset, previous)
     with full_precision(x):
-        grads = registry.kernel("causal_conv", case, x.device).backward(grad, grad_state, x, weight, state, reset, previous)
+        grads = registry.kernel("causal_conv", case, x.device).backward(
+            grad, grad_state, x, weight, state, reset, previous
+        )
     return tuple(or_empty(part, x) for part in grads)
 
 

@@ -141,7 +141,7 @@ def decode_step(
     mutates_args=("state", "conv_states"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor? gate, Tensor gamma, Tensor? A_log, Tensor? dt_bias, "
     "Tensor[] conv_weights, Tensor(a!) state, Tensor(b!)[] conv_states, Tensor? valid=None, Tensor? reset=None, "
-    "Tensor? cos=None, Tensor? sin=None, *, float? scale=None, float eps=1e-6, str turn=\"half\") -> Tensor",
+    'Tensor? cos=None, Tensor? sin=None, *, float? scale=None, float eps=1e-6, str turn="half") -> Tensor',
 )
 def _decode_step(
     q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid=None, reset=None,
@@ -149,7 +149,24 @@ def _decode_step(
 ):  # fmt: skip
     case = registry.decode_step_case(q, v, conv_weights[0].shape[1] if conv_weights else 0)
     forward = registry.kernel("decode_step", case, q.device).forward
-    inputs = (q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid, reset, cos, sin)
+    inputs = (
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        gate,
+        gamma,
+        A_log,
+        dt_bias,
+        conv_weights,
+        state,
+        conv_states,
+        valid,
+        reset,
+        cos,
+        sin,
+    )
     with full_precision(q):
         return exact(forward(*inputs, scale=scale, eps=eps, turn=turn))
 

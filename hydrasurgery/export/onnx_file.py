@@ -232,7 +232,7 @@ def _name_dimensions(graph: Any, traced: Traced) -> None:
                 names.setdefault(str(size.value), name)
 
     def rename(size: Any) -> Any:
-        if isinstance(size, int):
+        if isinstance(size, int) or size.value is None:  # unknown: a name would claim that all such sizes are one
             return size
         text = re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), str(size.value))
         return {"past + sequence": "total", "sequence + past": "total"}.get(text, text)

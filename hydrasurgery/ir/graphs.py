@@ -42,7 +42,7 @@ def token_flags(region: Region, mask: fx.Node | None) -> tuple[fx.Node, fx.Node]
         order = list(graph.nodes)
         before = [n for n in order if n.op == "placeholder" or n is mask][-1]
         with graph.inserting_before(before.next):
-            window = {} if region.window is None or mask is None else {"window": region.window}
+            window: dict[str, Any] = {} if region.window is None or mask is None else {"window": region.window}
             flags = graph.call_function(ops.token_flags, (mask, region.source), window)
             for place, name in enumerate(FLAGS):
                 graph.create_node("call_function", operator.getitem, (flags, place), None, name)

@@ -64,7 +64,8 @@ def _after(links, place, T, LINKS: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     x, weight, state, reset, links, y, tail, T, C,
-    WIDTH: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr, LINKS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr, LINKS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     first, batch = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
     channel, row = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, TOKENS)

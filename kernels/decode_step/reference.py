@@ -41,7 +41,7 @@ def forward(
     if valid is not None and reset is not None:
         query, key, value = (x.masked_fill(~valid[:, None, None], 0) for x in (query, key, value))
         for past in (state, *conv_states):
-            past.flatten(1).masked_fill_(reset[:, None], 0)
+            past.flatten(1).masked_fill_((reset & valid)[:, None], 0)
     if conv_weights:
         triples = zip((query, key, value), conv_weights, conv_states, strict=True)
         query, key, value = (_residual_conv(*triple, valid) for triple in triples)

@@ -63,7 +63,21 @@ def _load_rotated(
     """`_load_head` of all channels, the first TURNED of them rotated: each meets its partner, which is loaded once more."""
     channel = tl.arange(0, BLOCK)
     own, seen = _load_head(
-        x, stride_batch, stride_head, weight, past, batch, head, channel, token, follows, HEADS, SIZE, WIDTH, BLOCK, TAPS
+        x,
+        stride_batch,
+        stride_head,
+        weight,
+        past,
+        batch,
+        head,
+        channel,
+        token,
+        follows,
+        HEADS,
+        SIZE,
+        WIDTH,
+        BLOCK,
+        TAPS,
     )
     if TURNED > 0:
         turns = channel < TURNED
@@ -114,6 +128,7 @@ def _kernel(
     token, follows = batch >= 0, batch >= 0  # true
     if FLAGS:
         token, follows = tl.load(valid + batch) != 0, tl.load(reset + batch) == 0
+        follows = follows | (token == 0)
     # The state is under way while the vectors are made ready.
     following = tl.load(state + at, mask=inside & follows, other=0)
     cos, sin = cos + batch * turn_batch, sin + batch * turn_batch

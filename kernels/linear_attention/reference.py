@@ -102,7 +102,7 @@ def backward(
         for whole, found in zip(grads, parts, strict=True):
             if whole is not None and found is not None:
                 whole[:, span] = _unload(found, batch, whole[:, span].shape[1]).reshape(whole[:, span].shape)
-    dfirst = None if state is None else dstate.view(state.shape).to(state.dtype)
+    dfirst = None if state is None else dstate.view(state.shape).to(state.dtype, copy=not spans)
     return *grads, dfirst
 
 
