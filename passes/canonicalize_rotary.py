@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from hydrasurgery.dialect.names import ATTENTION, LINEAR_ATTENTION
 from hydrasurgery.ir.graphs import ancestors, arguments, remove_unused
 from hydrasurgery.ir.region import Region
-from hydrasurgery.layers import TURNS, rotate
+from hydrasurgery.kernels.rotary import TURNS
+from hydrasurgery.layers import rotate
 from hydrasurgery.passes.base import Pass, PassResult, register
 
 aten = torch.ops.aten
@@ -41,8 +42,8 @@ class CanonicalizeRotary(Pass):
     """`x * cos + turn(x) * sin` becomes `rotate(x, cos, sin, turn)`, `hydrasurgery.layers.rotate`.
 
     A turn is known by what it does and not by how it is written: its nodes are run on numbered channels, and what comes out is
-    compared with `hydrasurgery.layers.TURNS`. Where only the first channels are turned, slicing them off and putting them back
-    is part of the node. Bit-exact: the products and the sum stay as they were. Other regions stay as they are.
+    compared with `hydrasurgery.kernels.rotary.TURNS`. Where only the first channels are turned, slicing them off and putting them
+    back is part of the node. Bit-exact: the products and the sum stay as they were. Other regions stay as they are.
     """
 
     name: ClassVar[str] = "canonicalize-rotary"

@@ -37,8 +37,8 @@ class FuseDecode(Pass):
     """Gives the region a second graph, `decode`, in which all that follows the projections of a linear head is one node.
 
     That is: gates, convolution, a rotary embedding after it, L2 norm, recurrence, RMS norm, gamma and output gate. The region's own
-    graph stays as it is: prefill, training and tracing run it. Where the linear branch is anything but what linearize-heads and fuse-heads make of rule
-    gated_delta with full heads passed through and no native convolution, the region keeps one graph.
+    graph stays as it is: prefill, training and tracing run it. Where the linear branch is anything but what linearize-heads and
+    fuse-heads make of rule gated_delta with full heads passed through and no native convolution, the region keeps one graph.
     """
 
     name: ClassVar[str] = "fuse-decode"

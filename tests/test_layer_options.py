@@ -19,7 +19,8 @@ from hydrasurgery import ops
 from hydrasurgery.conversion import share_copy
 from hydrasurgery.errors import PlanError, PreconditionError
 from hydrasurgery.ir.stitch import stitch
-from hydrasurgery.layers import TURNS, rotate, scale_by_length
+from hydrasurgery.kernels.rotary import TURNS
+from hydrasurgery.layers import rotate, scale_by_length
 from hydrasurgery.passes import run_pipeline
 from hydrasurgery.surgery import hybrid_pipeline
 from tests import test_families

@@ -59,7 +59,7 @@ def decode_step(
         sin: [B or 1, R], together with `cos` or not at all.
         scale: of the outputs before their norm; K ** -0.5 if None.
         eps: added to the mean square of the outputs.
-        turn: how the embedding pairs channels: "half", "half-back" or "pairs" (`hydrasurgery.layers.TURNS`).
+        turn: how the embedding pairs channels: "half", "half-back" or "pairs" (`hydrasurgery.kernels.rotary.TURNS`).
 
     Returns:
         [B, H, V] in v's dtype.

@@ -61,8 +61,8 @@ def linear_attention(
         scale: of the outputs; K ** -0.5 if None.
 
     Returns:
-        o [B, T, H, V] in v's dtype (fp32 for v of fp16 and a rule without delta, whose sums may exceed fp16) and the state after the
-        last token [B, H, K, V] in fp32 (fp64 if q, k or v is fp64).
+        o [B, T, H, V] in v's dtype (fp32 for v of fp16 and a rule without delta, whose sums may exceed fp16) and the state after
+        the last token [B, H, K, V] in fp32 (fp64 if q, k or v is fp64).
 
     Raises:
         ValueError: an unknown rule, an argument that the rule lacks or does not use, a shape or dtype that does not fit, or a
