@@ -7,11 +7,12 @@ identity, output gate folded into gamma.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hydrasurgery.kernels.rotary import rotate
 
 FORGET = -50.0  # log decay at a document's first token: exp(-50) of the old state is nothing in fp32
 LOG_LENGTH = 500.0
@@ -22,12 +23,20 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+class Projection(nn.Linear):
+    """A linear map whose weight may have another dtype than what it reads: the product is of the weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., H]."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class DecayGate(nn.Module):
     """Log decay g = -exp(A_log) * softplus(W_a x + dt_bias), [B, T, H] in fp32 or fp64 (paper section 3)."""
 
     def __init__(self, hidden_size: int, num_heads: int, half_life: float = 64.0) -> None:
         super().__init__()
-        self.a_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.a_proj = Projection(hidden_size, num_heads, bias=False)
         self.A_log = nn.Parameter(torch.zeros(num_heads))
         self.dt_bias = nn.Parameter(torch.zeros(num_heads))
         self.set_half_life(torch.full((num_heads,), half_life))
@@ -43,7 +52,7 @@ class DecayGate(nn.Module):
     def forward(self, hidden_states: Tensor, valid: Tensor, reset: Tensor) -> Tensor:
         """hidden_states [B, T, C], valid and reset [B, T]: padding leaves the state, a new document forgets it."""
         rate = F.softplus(wide(self.a_proj(hidden_states)) + wide(self.dt_bias))
-        decay = -wide(self.A_log).exp() * rate * valid.unsqueeze(-1)
+        decay = (-wide(self.A_log).exp() * rate).masked_fill(~valid.unsqueeze(-1), 0)
         return decay.masked_fill(reset.unsqueeze(-1), FORGET)
 
 
@@ -52,7 +61,7 @@ class BetaGate(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, beta: float = 0.25) -> None:
         super().__init__()
-        self.b_proj = nn.Linear(hidden_size, num_heads)
+        self.b_proj = Projection(hidden_size, num_heads)
         self.set_beta(torch.full((num_heads,), beta))
 
     @torch.no_grad()
@@ -63,7 +72,7 @@ class BetaGate(nn.Module):
 
     def forward(self, hidden_states: Tensor, valid: Tensor) -> Tensor:
         """hidden_states [B, T, C], valid [B, T] -> [B, T, H]."""
-        return torch.sigmoid(wide(self.b_proj(hidden_states))) * valid.unsqueeze(-1)
+        return torch.sigmoid(wide(self.b_proj(hidden_states))).masked_fill(~valid.unsqueeze(-1), 0)
 
 
 class OutputGate(nn.Module):
@@ -71,12 +80,12 @@ class OutputGate(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.g_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.g_proj = Projection(hidden_size, num_heads, bias=False)
         nn.init.zeros_(self.g_proj.weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, T, C] -> [B, T, H, 1]."""
-        return 2 * torch.sigmoid(self.g_proj(hidden_states)).unsqueeze(-1)
+        return 2 * torch.sigmoid(self.g_proj(hidden_states)).to(hidden_states.dtype).unsqueeze(-1)
 
 
 class ConvWeight(nn.Module):
@@ -95,7 +104,15 @@ def to_tokens(heads: Tensor, valid: Tensor) -> Tensor:
     """[B, H, T, D] -> [B, T, H * D] with padded tokens zeroed (valid [B, T])."""
     # Cloned, not left to flatten: whether that copies depends on T being 1, and an exported graph would exclude one of the two.
     tokens = heads.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
-    return tokens * valid.unsqueeze(-1).to(tokens.dtype)
+    return tokens.masked_fill(
+        ~valid.unsqueeze(-1), 0
+    )  # not multiplied: whatever stands at padding, NaN too, stays there
+
+
+def forget(reset: Tensor, num_heads: int) -> Tensor:
+    """The log decay [B, T, H] of a rule that has none: 0, and FORGET where a document starts (reset [B, T])."""
+    decay = torch.zeros(reset.shape, device=reset.device).masked_fill(reset, FORGET)
+    return decay.unsqueeze(-1).expand(-1, -1, num_heads)
 
 
 def to_heads(tokens: Tensor, num_heads: int) -> Tensor:
@@ -103,42 +120,15 @@ def to_heads(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads, -1))
 
 
+def cast_like(x: Tensor, like: Tensor) -> Tensor:
+    """x in the dtype of `like`."""
+    return x.to(like.dtype)
+
+
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension, in fp32 (fp64 for fp64), returned in x's dtype."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _turn_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
-
-
-def _turn_half_back(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([second, -first], dim=-1)
-
-
-def _turn_pairs(x: Tensor) -> Tensor:
-    return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-
-
-# How a rotary embedding pairs the channels: first with second half (clockwise too), or each with its neighbour.
-TURNS: dict[str, Callable[[Tensor], Tensor]] = {"half": _turn_half, "half-back": _turn_half_back, "pairs": _turn_pairs}
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: str) -> Tensor:
-    """Rotary embedding `x * cos + turn(x) * sin` of the first R channels; the others pass.
-
-    Args:
-        x: [B, H, T, D].
-        cos, sin: [B or 1, 1, T, R], R at most D.
-        turn: which of TURNS.
-    """
-    width = cos.shape[-1]
-    first = x[..., :width]
-    turned = first * cos + TURNS[turn](first) * sin
-    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
 
 
 def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, turn: str) -> Tensor:
@@ -151,7 +141,7 @@ def scale_by_length(q: Tensor, positions: Tensor, a: float = LOG_LENGTH) -> Tens
 
     The coefficient of HALO (thunlp), with its a = 500; 1 at a document's first token.
     """
-    coefficient = torch.log(positions.float() + a) / math.log(a)
+    coefficient = torch.log(positions.to(torch.promote_types(q.dtype, torch.float32)) + a) / math.log(a)
     return q * coefficient[:, None, :, None].to(q.dtype)
 
 

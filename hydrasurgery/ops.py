@@ -1,11 +1,12 @@
 """The operators that region graphs are written in, as functions that check shapes and say what is wrong.
 
-There are four pure ones, a fifth that decodes one token through several of them at once, one that counts, and two helpers on
-heads and tokens.
+There are four pure ones, a fifth that decodes one token through several of them at once, two that count and
+look up tokens, and two helpers on heads and masks.
 
 An operator is `torch.ops.hydra.<name>`, in a file of its own in `hydrasurgery.dialect`: a schema, a fake kernel, an analytic
-backward that is an operator too (`hydra::<name>_backward`; decoding and counting have none), and kernels in
-`hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses one for each call (counting is plain PyTorch everywhere).
+backward that is an operator too (`hydra::<name>_backward`; decoding, counting and looking up have none), and kernels in
+`hydrasurgery.kernels.<name>`, of which `kernels.registry` chooses one for each call (counting and looking up are plain PyTorch
+everywhere).
 `hydra::linear_attention_forward` is the forward of linear attention that trains: it also returns what its backward needs again.
 Layouts and meanings follow ONNX where ONNX has the operator. Graphs call the operators themselves. Inside, arithmetic is fp32
 (fp64 for fp64 inputs); autocast has no say in it, except that it lowers the q, k, v of `attention`, as it does for PyTorch's own
@@ -19,7 +20,7 @@ from hydrasurgery.dialect.heads import select_heads
 from hydrasurgery.dialect.linear_attention import linear_attention
 from hydrasurgery.dialect.names import RULES
 from hydrasurgery.dialect.scale_norm_fusion import scale_norm_fusion
-from hydrasurgery.dialect.tokens import token_flags, token_positions
+from hydrasurgery.dialect.tokens import previous_tokens, token_flags, token_positions
 
 __all__ = [
     "RULES",
@@ -27,6 +28,7 @@ __all__ = [
     "causal_conv",
     "decode_step",
     "linear_attention",
+    "previous_tokens",
     "scale_norm_fusion",
     "select_heads",
     "token_flags",

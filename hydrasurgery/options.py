@@ -28,8 +28,9 @@ class LayerOptions:
         log_length: full heads scale q by c = log(p + a) / log(a), a = 500, p tokens after its document's first; else c = 1.
         gate: linear heads have an output gate, 2 sigmoid(W_g x) a head, W_g = 0 at the start: 1.
         full_gate: full heads have that gate too.
-        conv: the short convolution of linear q, k and v: "residual", x + conv(x) after the rotary embedding, the identity at
-            the start; "native", as in Gated DeltaNet, SiLU(conv(x)) before it, SiLU(x) at the start; or "none".
+        conv: the short convolution of linear q, k and v: "residual-unrotated", x + conv(x) before the rotary embedding, the
+            identity at the start; "native", as in Gated DeltaNet, SiLU(conv(x)) before it, SiLU(x) at the start; "none"; or
+            "residual", x + conv(x) after it, as in earlier versions: once trained, such a head sees places and not only distances.
         linear_rope: linear heads rotate q and k as the teacher's do.
         untie: linear heads have q, k and v projections of their own (query decomposition), at the start the teacher's.
 
@@ -49,7 +50,7 @@ class LayerOptions:
     log_length: bool = False
     gate: bool = True
     full_gate: bool = False
-    conv: Literal["residual", "native", "none"] = "residual"
+    conv: Literal["residual-unrotated", "residual", "native", "none"] = "residual-unrotated"
     linear_rope: bool = True
     untie: bool = False
 
@@ -61,11 +62,11 @@ class LayerOptions:
     @property
     def moves_rotary(self) -> bool:
         """Whether some head's q and k are needed before the rotary embedding."""
-        return not (self.full_rope and self.linear_rope) or self.conv == "native"
+        return not (self.full_rope and self.linear_rope) or self.conv in ("residual-unrotated", "native")
 
     @classmethod
     def of(cls, value: LayerOptions | str) -> LayerOptions:
-        """The options that `value` is, or says: a preset's name and/or `option=value` entries, as in `hydrahead,conv=residual`."""
+        """The options that `value` is, or says: a preset's name and/or `option=value` entries, as in `hydrahead,conv=none`."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, str):

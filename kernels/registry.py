@@ -181,7 +181,7 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
         "causal_conv": (
             Implementation(
                 "triton", _here("causal_conv", "triton"), dtypes=FLOAT, sizes={"W": range(1, 17)},
-                features={"state", "reset"}, capability=ampere, package=TRITON,
+                features={"state", "reset", "padding"}, capability=ampere, package=TRITON,
             ),
             Implementation("reference", _here("causal_conv", "reference")),
         ),
@@ -358,9 +358,11 @@ def linear_attention_case(
     return _case(mode, (q, k, v), {"K": int(keys), "V": int(v.shape[3])}, features)
 
 
-def causal_conv_case(mode: str, x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | None) -> Case:
+def causal_conv_case(
+    mode: str, x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | None, previous: Tensor | None = None
+) -> Case:
     """The case of a `hydra::causal_conv`."""
-    features = {"state": state is not None, "reset": reset is not None}
+    features = {"state": state is not None, "reset": reset is not None, "padding": previous is not None}
     return _case(mode, (x,), {"W": weight.shape[1]}, features)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from hydrasurgery.dialect.names import ATTENTION, LINEAR_ATTENTION
 from hydrasurgery.ir.graphs import ancestors, arguments, remove_unused
 from hydrasurgery.ir.region import Region
-from hydrasurgery.layers import TURNS, rotate
+from hydrasurgery.kernels.rotary import TURNS
+from hydrasurgery.layers import rotate
 from hydrasurgery.passes.base import Pass, PassResult, register
 
 aten = torch.ops.aten
@@ -41,8 +42,8 @@ class CanonicalizeRotary(Pass):
     """`x * cos + turn(x) * sin` becomes `rotate(x, cos, sin, turn)`, `hydrasurgery.layers.rotate`.
 
     A turn is known by what it does and not by how it is written: its nodes are run on numbered channels, and what comes out is
-    compared with `hydrasurgery.layers.TURNS`. Where only the first channels are turned, slicing them off and putting them back
-    is part of the node. Bit-exact: the products and the sum stay as they were. Other regions stay as they are.
+    compared with `hydrasurgery.kernels.rotary.TURNS`. Where only the first channels are turned, slicing them off and putting them
+    back is part of the node. Bit-exact: the products and the sum stay as they were. Other regions stay as they are.
     """
 
     name: ClassVar[str] = "canonicalize-rotary"
@@ -88,6 +89,18 @@ def unrotated(x: fx.Node) -> fx.Node:
 def rotations(x: fx.Node) -> list[fx.Node]:
     """The `rotate` nodes that x is computed from."""
     return [node for node in ancestors(x) if node.target is rotate]
+
+
+def knows_places(region: Region, x: fx.Node) -> bool:
+    """Whether x [B, H, T, D] is computed from a table of numbers a token and channel that the hidden states do not give.
+
+    Such a table is what a rotary embedding looks like that was not recognised. One number a token is none: a scale.
+    """
+    hidden = _after_hidden(region)
+    inside = [node for node in ancestors(x) if node in hidden]
+    tables = {table for node in inside for table in node.all_input_nodes if table not in hidden}
+    shapes = [table.meta.get("shape") for table in tables]
+    return any(shape and "T" in map(str, shape[:-1]) and shape[-1] != 1 for shape in shapes)
 
 
 def _after_hidden(region: Region) -> set[fx.Node]:

@@ -7,18 +7,28 @@ import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx, nn
 
 from hydrasurgery.dialect.names import CAUSAL_CONV, FUSION, LINEAR_ATTENTION
 from hydrasurgery.ir.graphs import arguments, remove_unused
 from hydrasurgery.ir.region import STATE, Region
 from hydrasurgery.ir.state import step_linear, write_state
-from hydrasurgery.layers import BetaGate, DecayGate, OutputGate, l2_norm, merge_heads, to_heads, to_tokens
+from hydrasurgery.layers import (
+    BetaGate,
+    DecayGate,
+    OutputGate,
+    l2_norm,
+    merge_heads,
+    rotate_tokens,
+    to_heads,
+    to_tokens,
+)
+from hydrasurgery.ops import previous_tokens
 from hydrasurgery.passes.base import Pass, PassResult, register
 
 Gates = tuple[fx.Node, fx.Node, fx.Node | None]
 Branch = tuple[fx.Node, fx.Node | None]  # heads [B, H, T, D], and the weight of their convolution if there is one
+Turn = tuple[Any, ...]  # cos, sin and turn of the rotary embedding after the convolution; nothing without one
 
 
 @register
@@ -26,9 +36,9 @@ Branch = tuple[fx.Node, fx.Node | None]  # heads [B, H, T, D], and the weight of
 class FuseDecode(Pass):
     """Gives the region a second graph, `decode`, in which all that follows the projections of a linear head is one node.
 
-    That is: gates, convolution, L2 norm, recurrence, RMS norm, gamma and output gate. The region's own graph stays as it is:
-    prefill, training and tracing run it. Where the linear branch is anything but what linearize-heads and fuse-heads make of rule
-    gated_delta with full heads passed through and no native convolution, the region keeps one graph.
+    That is: gates, convolution, a rotary embedding after it, L2 norm, recurrence, RMS norm, gamma and output gate. The region's own
+    graph stays as it is: prefill, training and tracing run it. Where the linear branch is anything but what linearize-heads and
+    fuse-heads make of rule gated_delta with full heads passed through and no native convolution, the region keeps one graph.
     """
 
     name: ClassVar[str] = "fuse-decode"
@@ -41,7 +51,7 @@ class FuseDecode(Pass):
         found = _match(region.module, graph)
         if found is None:
             return PassResult(region, False)
-        fusion, recurrence, gates, branches = found
+        fusion, recurrence, gates, branches, turn = found
         full, _, gamma, _ = arguments(fusion)
         decay = gates[0]
         hidden, *flags = arguments(decay)
@@ -55,7 +65,12 @@ class FuseDecode(Pass):
             ]
             rates = [graph.get_attr(f"{decay.target}.{name}") for name in ("A_log", "dt_bias")]
             options = {"scale": recurrence.kwargs.get("scale"), "eps": fusion.kwargs.get("eps", 1e-6)}
-            step = graph.call_function(step_linear, (state, *inputs, *raw, gamma, *weights, *rates, *flags), options)
+            tables = turn[:2]
+            if turn:
+                options["turn"] = turn[2]
+            step = graph.call_function(
+                step_linear, (state, *inputs, *raw, gamma, *weights, *rates, *flags, *tables), options
+            )
             merged = step if full is None else graph.call_function(merge_heads, (full, step, region.linear_heads))
         fusion.replace_all_uses_with(merged)
         for node in graph.find_nodes(op="call_function", target=write_state):
@@ -75,8 +90,8 @@ class FuseDecode(Pass):
             self.promise(region, not left, "the decode graph still holds what decode_step does")
 
 
-def _match(module: nn.Module, graph: fx.Graph) -> tuple[fx.Node, fx.Node, Gates, list[Branch]] | None:
-    """(fusion, recurrence, gates, q, k and v) of the linear branch, if it is node for node what the operator computes."""
+def _match(module: nn.Module, graph: fx.Graph) -> tuple[fx.Node, fx.Node, Gates, list[Branch], Turn] | None:
+    """(fusion, recurrence, gates, q, k and v, rotation) of the linear branch, if it is node for node what the operator computes."""
     fusions, recurrences = (graph.find_nodes(op="call_function", target=op) for op in (FUSION, LINEAR_ATTENTION))
     if len(fusions) != 1 or len(recurrences) != 1:
         return None
@@ -96,30 +111,47 @@ def _match(module: nn.Module, graph: fx.Graph) -> tuple[fx.Node, fx.Node, Gates,
     normed = [n for n in (q, k) if n.target is l2_norm and len(n.args) == 1 and len(n.users) == 1]
     if len(normed) != 2:
         return None
-    heads = (*(arguments(n)[0] for n in normed), v)
+    turned, turns = zip(*(_unturned(arguments(n)[0]) for n in normed), strict=True)
+    if turns[0] != turns[1]:
+        return None
+    heads = (*turned, v)
     branches = [branch for node in heads if (branch := _branch(node, valid, reset)) is not None]
-    return (fusion, recurrence, (decay, beta, gate), branches) if len(branches) == 3 else None
+    return (fusion, recurrence, (decay, beta, gate), branches, turns[0]) if len(branches) == 3 else None
+
+
+def _unturned(node: fx.Node) -> tuple[fx.Node, Turn]:
+    """The heads before the rotary embedding that ends in `node`, and what that is."""
+    if node.target is not rotate_tokens or len(node.users) != 1:
+        return node, ()
+    x, *turn = arguments(node)
+    return x, tuple(turn)
 
 
 def _branch(node: fx.Node, valid: fx.Node, reset: fx.Node) -> Branch | None:
-    """What `to_heads(x)` is made of, x = to_tokens(heads, valid) or (x + conv(x)) * valid of that."""
+    """What `to_heads(x)` is made of, x = to_tokens(heads, valid) or x + conv(x) of that."""
     if node.target is not to_heads or len(node.users) != 1:
         return None
     tokens, weight = arguments(node)[0], None
-    if tokens.target is operator.mul:
-        total, mask = arguments(tokens)
-        if not _is(mask, torch.ops.aten.unsqueeze.default, valid, -1) or total.target is not operator.add:
-            return None
-        plain, mixed = arguments(total)
+    if tokens.target is operator.add:
+        plain, mixed = arguments(tokens)
         conv = arguments(mixed)[0]
         if not _is(mixed, operator.getitem, conv, 0) or conv.target is not CAUSAL_CONV or not _only_read(conv):
             return None
-        if arguments(conv)[0] is not plain or arguments(conv)[3] is not reset:
+        if (
+            arguments(conv)[0] is not plain
+            or arguments(conv)[3] is not reset
+            or not _follows(arguments(conv)[4], valid)
+        ):
             return None
-        if any(len(n.users) != 1 for n in (tokens, total, mixed)) or set(plain.users) != {total, conv}:
+        if any(len(n.users) != 1 for n in (tokens, mixed)) or set(plain.users) != {tokens, conv}:
             return None
         tokens, weight = plain, arguments(conv)[1]
     return (arguments(tokens)[0], weight) if tokens.target is to_tokens and arguments(tokens)[1] is valid else None
+
+
+def _follows(previous: Any, valid: fx.Node) -> bool:
+    """Whether padding is left out by the same flags."""
+    return previous is None or (previous.target is previous_tokens and arguments(previous)[0] is valid)
 
 
 def _is(node: Any, target: Any, *args: Any) -> bool:

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx, nn
 
-from hydrasurgery.dialect.names import ATTENTION, FULL, FUSION, LINEAR
+from hydrasurgery.dialect.names import ATTENTION, DELTA_RULES, FULL, FUSION, LINEAR
 from hydrasurgery.ir.region import Region
-from hydrasurgery.layers import OutputGate, merge_heads
+from hydrasurgery.layers import OutputGate, cast_like, merge_heads
 from hydrasurgery.passes.base import Pass, PassResult, register
 
 
@@ -83,10 +83,14 @@ class FuseHeads(Pass):
                 {"linear_heads": list(linear), "norm_full": norm_full},
                 "fused_heads",
             )
-        old.replace_all_uses_with(fused, delete_user_cb=lambda user: user is not fused)
+        new = fused
+        if linear and region.options.get("rule") not in DELTA_RULES:  # whose sums may be wider than the model
+            with graph.inserting_after(fused):
+                new = graph.create_node("call_function", cast_like, (fused, region.source), None, "narrow_heads")
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in (fused, new))
         if old.target is merge_heads:
             graph.erase_node(old)
-        return fused
+        return new
 
     def ensures(self, region: Region) -> None:
         if region.linear_heads:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from hydrasurgery.dialect.names import ATTENTION, CAUSAL_CONV, FUSION, LINEAR_ATTENTION
+from hydrasurgery.ir.graphs import arguments
 from hydrasurgery.ir.region import Region
 from hydrasurgery.kernels.registry import BACKWARD, DECODE, FORWARD, IMPLEMENTATIONS, Case, choose, machine_of
 from hydrasurgery.passes.base import Pass, PassResult, register
@@ -76,6 +77,8 @@ class SelectKernels(Pass):
             yield str(node.kwargs["rule"])
         if node.target is CAUSAL_CONV:
             yield "reset"
+            if self.masked and arguments(node)[4] is not None:
+                yield "padding"
         if node.target in (LINEAR_ATTENTION, CAUSAL_CONV) and self.mode == DECODE:
             yield "state"
 

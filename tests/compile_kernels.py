@@ -32,6 +32,7 @@ from hydrasurgery.kernels.decode_step import triton as decode
 from hydrasurgery.kernels.linear_attention import triton as linear
 from hydrasurgery.kernels.linear_attention import triton_walks
 from hydrasurgery.kernels.registry import BACKWARD, Case, Machine, choose
+from hydrasurgery.kernels.rotary import TURNS
 from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
 
 LAST = "llir"  # the compiler's stage that finds the shared memory; those after it are left out
@@ -73,10 +74,11 @@ def scale_norm_fusion() -> None:
 
 def decode_step() -> None:
     flags: dict[str, Any] = dict.fromkeys(("valid", "reset"), torch.empty(1, dtype=torch.bool))
+    tables: dict[str, Any] = dict.fromkeys(("cos", "sin"), torch.empty(1, 32))
     plain: dict[str, Any] = {"gate": None, "A_log": None, "dt_bias": None, "conv_weights": (), "conv_states": ()}
     for dtype, dim in product(DTYPES, (64, 128)):
         given = DECODE.inputs(Layer(linear=2, dim=dim), 1, torch.device("meta"), dtype)
-        for change in ({}, flags, plain):
+        for change in ({}, flags, plain, *({**flags, **tables, "turn": turn} for turn in TURNS)):
             decode.forward(**given | change, scale=None, eps=1e-6)
 
 
@@ -91,11 +93,12 @@ def attention_of_one_query() -> None:
 
 
 def causal_conv() -> None:
-    for dtype, with_state, with_reset in product(DTYPES, (False, True), (False, True)):
+    for dtype, with_state, with_reset, padding in product(DTYPES, *[(False, True)] * 3):
         x, weight = torch.empty(2, 70, 48, dtype=dtype), torch.empty(48, 4, dtype=dtype)
         state = torch.empty(2, 48, 3, dtype=dtype) if with_state else None
         reset = torch.empty(2, 70, dtype=torch.bool) if with_reset else None
-        conv.backward(*conv.forward(x, weight, state, reset), x, weight, state, reset)
+        previous = torch.empty(2, 71, dtype=torch.int64) if padding else None
+        conv.backward(*conv.forward(x, weight, state, reset, previous), x, weight, state, reset, previous)
 
 
 CALLS: tuple[Callable[[], None], ...] = (

@@ -103,7 +103,8 @@ def test_linear_attention_is_a_sound_operator(rule, options):
 def test_causal_conv_is_a_sound_operator(width, length, carried):
     x = torch.randn(2, 3, length).mT.requires_grad_()
     state, reset = (normal(2, 3, width - 1), torch.rand(2, length) < 0.4) if carried else (None, None)
-    opcheck(torch.ops.hydra.causal_conv.default, (x, normal(3, width), state, reset))
+    previous = ops.previous_tokens(torch.rand(2, length) < 0.6, x) if carried else None
+    opcheck(torch.ops.hydra.causal_conv.default, (x, normal(3, width), state, reset, previous))
 
 
 FUSION_CASES = {
@@ -152,7 +153,7 @@ def test_decode_step_of_padding_and_of_a_first_token():
     torch.testing.assert_close(states["state"], torch.stack([empty["state"][0], before["state"][1]]))
     for after, first, old in zip(states["conv_states"], empty["conv_states"], before["conv_states"], strict=True):
         torch.testing.assert_close(after[0], first[0])
-        torch.testing.assert_close(after[1], torch.cat([old[1, :, 1:], torch.zeros(len(old[1]), 1)], 1))
+        assert torch.equal(after[1], old[1])
 
 
 def test_decode_step_is_the_layer_it_replaces():
@@ -170,6 +171,13 @@ def test_decode_step_is_the_layer_it_replaces():
     wanted = ops.scale_norm_fusion(None, o, gamma, gates, linear_heads=[0, 1, 2])[:, 0]
     found = ops.decode_step(q, k, v, decay, beta, gate, gamma, A_log, dt_bias, weights, **states)
     torch.testing.assert_close((found, states["state"], *states["conv_states"]), (wanted, final, *after))
+
+
+def test_looking_up_tokens_is_an_operator() -> None:
+    for valid in (torch.rand(2, 5) < 0.5, torch.ones(1, 1, dtype=torch.bool), torch.ones(2, 0, dtype=torch.bool)):
+        torch.library.opcheck(torch.ops.hydra.previous_tokens.default, (valid,))
+        found, alone = ops.previous_tokens(valid, valid), torch.ops.hydra.previous_tokens(valid)
+        assert torch.equal(found, alone)
 
 
 def test_flags_of_a_step_are_bool():
@@ -212,7 +220,8 @@ def test_schemas_are_the_contract():
         'str rule="gated_delta", float? scale=None) -> (Tensor o, Tensor state)',
         "linear_attention_forward": "(Tensor q, Tensor k, Tensor v, Tensor? decay=None, Tensor? beta=None, "
         'Tensor? state=None, *, str rule="gated_delta", float? scale=None) -> (Tensor o, Tensor state, Tensor[] kept)',
-        "causal_conv": "(Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None) -> (Tensor y, Tensor state)",
+        "causal_conv": "(Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None, Tensor? previous=None) -> "
+        "(Tensor y, Tensor state)",
         "scale_norm_fusion": "(Tensor? o_full, Tensor? o_linear, Tensor gamma, Tensor? gate=None, *, int[] linear_heads, "
         "bool norm_full=False, float eps=1e-6) -> Tensor",
     }
@@ -424,13 +433,21 @@ def test_select_heads_refuses_heads_that_are_not_there(heads):
         ops.select_heads(torch.randn(2, 4, 3), heads, 1)
 
 
-def flags_by_loops(mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def flags_by_loops(mask: Tensor, batch: int, window: int | None = None) -> tuple[Tensor, Tensor]:
     queries, keys = mask.shape[2:]
     valid, reset = torch.zeros(batch, queries, dtype=torch.bool), torch.zeros(batch, queries, dtype=torch.bool)
-    for b, t in product(range(batch), range(queries)):
-        row, own = mask[b % mask.shape[0], 0, t], keys - queries + t
-        valid[b, t] = row[own]
-        reset[b, t] = row[own] and own > 0 and not row[own - 1]
+    for b in range(batch):
+        last = None  # the last valid token before
+        for t in range(queries):
+            row, start = mask[b % mask.shape[0], 0, t], keys - queries
+            if not row[start + t]:
+                continue
+            valid[b, t] = True
+            if last is not None:
+                reset[b, t] = not row[start + last] and (window is None or t - last < window)
+            elif start > 0 and window is None:
+                reset[b, t] = not row[:start].any()
+            last = t
     return valid, reset
 
 
@@ -438,11 +455,11 @@ def flags_by_loops(mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_token_flags_equal_loops(lengths, batch):
     hidden_states = torch.randn(3, lengths[0], 6)
-    for heads in (1, 2):
+    for heads, window in product((1, 2), (None, 2)):
         mask = torch.rand(batch, heads, *lengths) < 0.5
-        wanted = flags_by_loops(mask, 3)
+        wanted = flags_by_loops(mask, 3, window)
         for form in (mask, additive(mask), additive(mask, torch.bfloat16)):
-            found = ops.token_flags(form, hidden_states)
+            found = ops.token_flags(form, hidden_states, window=window)
             assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
@@ -452,7 +469,7 @@ def test_token_flags_of_padding_and_packing():
     mask[0, :, :, :2] = False
     valid, reset = ops.token_flags(mask, torch.empty(2, 5, 3))
     assert valid.tolist() == [[False, False, True, True, True], [True] * 5]
-    assert reset.tolist() == [[False, False, True, False, False], [False, False, True, False, True]]
+    assert reset.tolist() == [[False] * 5, [False, False, True, False, True]]
 
 
 def test_token_flags_without_a_mask():

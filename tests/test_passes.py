@@ -155,7 +155,7 @@ def test_linearize_heads_makes_a_recurrence_of_the_linear_heads() -> None:
         region,
         """
         options rule='gated_delta', conv='residual'
-        %q_conv = hydra::causal_conv(%to_tokens, %hydra_q_conv_weight, None, %reset) {state=q_conv}
+        %q_conv = hydra::causal_conv(%to_tokens, %hydra_q_conv_weight, None, %reset, None) {state=q_conv}
         %decay: [B, T, 2] = self.hydra.decay(%x, %valid, %reset)
         %beta: [B, T, 2] = self.hydra.beta(%x, %valid)
         %o_recurrent: [B, T, 2, 8] = getitem(%linear_attention, 0) {kind=linear}
@@ -168,7 +168,8 @@ def test_linearize_heads_makes_a_recurrence_of_the_linear_heads() -> None:
 
 def test_linearize_heads_refuses_what_it_cannot_read() -> None:
     refused(PLAIN, "linearize-heads", "run split-heads first")
-    refused(PLAIN, "split-heads,linearize-heads{conv_kind=native}", "run canonicalize-rotary first")
+    for kind in ("native", "residual-unrotated"):
+        refused(PLAIN, f"split-heads,linearize-heads{{conv_kind={kind}}}", "run canonicalize-rotary first")
     refused(PLAIN, "split-heads,linearize-heads{conv=-1}", "conv is -1")
 
 

@@ -370,9 +370,35 @@ def test_causal_conv_equals_loops(shape, state, reset):
     compare(ops.causal_conv(x, weight, past, starts), conv_by_loops(x, weight, past, starts), inputs)
 
 
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(0, 9), st.integers(1, 3), st.integers(1, 5)),
+    state=st.booleans(),
+    reset=st.booleans(),
+    real=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_a_convolution_with_padding_is_one_of_the_tokens_without_it(shape, state, reset, real):
+    batch, length, channels, width = shape
+    x, weight = normal(batch, length, channels), normal(channels, width)
+    past = normal(batch, channels, width - 1) if state else None
+    valid = torch.rand(batch, length) < real
+    starts = (torch.rand(batch, length) < 0.4) & valid if reset else None
+    rows, tails = [], []
+    for b in range(batch):
+        one = None if starts is None else starts[b : b + 1, valid[b]]
+        before = None if past is None else past[b : b + 1]
+        y, tail = ops.causal_conv(x[b : b + 1, valid[b]], weight, before, one)
+        rows.append(torch.zeros(length, channels, dtype=DOUBLE).masked_scatter(valid[b, :, None], y[0]))
+        tails.append(tail[0])
+    inputs = [x, weight] if past is None else [x, weight, past]
+    found = ops.causal_conv(x, weight, past, starts, ops.previous_tokens(valid, x))
+    compare(found, (torch.stack(rows), torch.stack(tails)), inputs)
+
+
 def test_causal_conv_gradients_are_finite_differences():
     inputs = (normal(2, 5, 3), normal(3, 4), normal(2, 3, 3), torch.rand(2, 5) < 0.3)
-    assert torch.autograd.gradcheck(ops.causal_conv, inputs)
+    for previous in (None, ops.previous_tokens(torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]]).bool(), inputs[0])):
+        assert torch.autograd.gradcheck(ops.causal_conv, (*inputs, previous))
 
 
 @pytest.mark.parametrize("cut", [1, 2, 6])

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hydrasurgery import ops
 from hydrasurgery.kernels.attention import reference as attention_reference
 from hydrasurgery.kernels.causal_conv import reference as conv_reference
 from hydrasurgery.kernels.decode_step import reference as decode_reference
+from hydrasurgery.kernels.rotary import TURNS
 from hydrasurgery.kernels.scale_norm_fusion import reference as fusion_reference
 
 pytest.importorskip("triton")
@@ -124,25 +126,40 @@ def check_fusion(batch, length, slots, dim, gate, norm_full, dtype):
     width=st.integers(1, 5),
     state=st.booleans(),
     reset=st.sampled_from([None, 0.1, 0.5]),
+    padding=st.sampled_from([None, 0.2, 0.9, 1.0]),
     dtype=DTYPES,
 )
 @FEW
-def test_causal_conv_and_its_gradients(shape, width, state, reset, dtype):
-    check_conv(shape, width, state, reset, dtype)
+def test_causal_conv_and_its_gradients(shape, width, state, reset, padding, dtype):
+    check_conv(shape, width, state, reset, padding, dtype)
 
 
 def test_causal_conv_over_several_tiles():
     fast = kernel("causal_conv")
-    check_conv((2, fast.BACKWARD_TOKENS * fast.TILES + 5, fast.CHANNELS + 3), 4, True, 0.05, torch.float32)
+    shape = (2, fast.BACKWARD_TOKENS * fast.TILES + 5, fast.CHANNELS + 3)
+    for padding in (None, 0.5):
+        check_conv(shape, 4, True, 0.05, padding, torch.float32)
 
 
-def check_conv(shape, width, state, reset, dtype):
+def test_a_convolution_across_padding_of_many_tiles():
+    check_conv((1, 300, 4), 3, True, None, range(5, 290), torch.float32)
+
+
+def check_conv(shape, width, state, reset, padding, dtype):
+    """`padding`: the share of tokens that is, or which tokens are."""
     batch, length, channels = shape
     x, weight = normal(*shape, dtype=dtype), normal(channels, width, dtype=dtype)
     past = normal(batch, channels, width - 1, dtype=dtype) if state else None
     starts = None if reset is None else torch.rand(batch, length, device=DEVICE) < reset
     grads = normal(*shape, dtype=dtype), normal(batch, channels, width - 1, dtype=dtype)
-    inputs = (x, weight, past, starts)
+    previous = None
+    if padding is not None:
+        padded = torch.rand(batch, length, device=DEVICE) < (padding if isinstance(padding, float) else 0)
+        if not isinstance(padding, float):
+            padded[:, list(padding)] = True
+        starts = starts if starts is None else starts & ~padded
+        previous = ops.previous_tokens(~padded, x)
+    inputs = (x, weight, past, starts, previous)
     fast = kernel("causal_conv")
     compare(fast.forward(*inputs), conv_reference.forward(*wide(inputs)), dtype)
     compare(fast.backward(*grads, *inputs), conv_reference.backward(*wide(grads), *wide(inputs)), dtype)
@@ -160,19 +177,25 @@ def check_conv(shape, width, state, reset, dtype):
     raw=st.booleans(),
     gated=st.booleans(),
     flags=st.booleans(),
+    turn=st.sampled_from([None, *TURNS]),
     dtype=DTYPES,
 )
 @FEW
-def test_decode_step(batch, heads, key, value, width, raw, gated, flags, dtype):
-    check_decode(batch, heads, key, value, width, raw, gated, flags, dtype)
+def test_decode_step(batch, heads, key, value, width, raw, gated, flags, turn, dtype):
+    check_decode(batch, heads, key, value, width, raw, gated, flags, turn, dtype)
 
 
 def test_decode_step_of_a_state_of_several_tiles(monkeypatch):
     monkeypatch.setattr(kernel("decode_step"), "STATE_ELEMENTS", 64)
-    check_decode(2, 2, 16, 13, 4, True, True, True, torch.float32)
+    check_decode(2, 2, 16, 13, 4, True, True, True, "pairs", torch.float32)
 
 
-def check_decode(batch, heads, key, value, width, raw, gated, flags, dtype):
+@pytest.mark.parametrize("turn", TURNS)
+def test_decode_step_rotates(turn):
+    check_decode(3, 2, 24, 13, 4, True, True, True, turn, torch.float32)
+
+
+def check_decode(batch, heads, key, value, width, raw, gated, flags, turn, dtype):
     q, k = (normal(batch, heads + 1, key, dtype=dtype)[:, 1:] for _ in range(2))  # a part of all heads, as it comes
     v = normal(batch, value, heads, dtype=dtype).mT
     decay, beta = normal(batch, heads), normal(batch, heads)
@@ -185,6 +208,9 @@ def check_decode(batch, heads, key, value, width, raw, gated, flags, dtype):
     states = normal(batch, heads, key, value), [normal(batch, size, width - 1, dtype=dtype) for size in sizes]
     exact = wide(states)
     options = {"scale": None, "eps": 1e-5}
+    if turn is not None:
+        angles = normal(1 + (batch - 1) * (key % 2), key // 4 * 2)
+        options |= {"cos": angles.cos(), "sin": angles.sin(), "turn": turn}
     if flags:
         options["valid"], options["reset"] = (torch.rand(2, batch, device=DEVICE) > 0.3).unbind()
     out = kernel("decode_step").forward(*inputs, *states, **options)

@@ -26,7 +26,7 @@ TYPICAL: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
         (FORWARD,),
         frozenset({"gated_delta", "state", "few tokens"}),
     ),
-    ("causal_conv", "causal_conv", (FORWARD, BACKWARD), frozenset({"state", "reset"})),
+    ("causal_conv", "causal_conv", (FORWARD, BACKWARD), frozenset({"state", "reset", "padding"})),
     ("scale_norm_fusion", "scale_norm_fusion", (FORWARD, BACKWARD), frozenset()),
     ("decode_step", "decode_step", (DECODE,), frozenset()),
 )

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import exact, expect, fake, fake_or_empty, full_precision, or_empty, save
+from hydrasurgery.dialect.checks import (
+    check_mask_dtype,
+    exact,
+    expect,
+    fake,
+    fake_or_empty,
+    full_precision,
+    or_empty,
+    save,
+)
 from hydrasurgery.kernels import registry
 
 
@@ -77,8 +86,7 @@ def _expect_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
         raise ValueError(
             f"mask must have shape [{batch} or 1, {heads} or 1, {queries}, {keys}], found {list(mask.shape)}"
         )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"mask must be bool (True = may attend) or float (added to the scores), found {mask.dtype}")
+    check_mask_dtype(mask)
     if mask.requires_grad:
         raise ValueError("mask requires a gradient, and attention gives it none: detach it")
 
@@ -92,6 +100,8 @@ _ATTENTION_OPTIONS = "float? scale=None, bool causal=True, int? window=None, flo
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
 )
 def _attention(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    if mask is not None:
+        check_mask_dtype(mask)
     options = {"causal": causal, "window": window, "softcap": softcap}
     case = registry.attention_case("forward", q, k, v, mask, sinks, **options)
     with full_precision(q):

@@ -10,7 +10,11 @@ from hydrasurgery.kernels import registry
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    previous: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution, `y_t = sum_j weight[:, W-1-j] * x_{t-j}`: no bias, no activation.
 
@@ -19,9 +23,12 @@ def causal_conv(
         weight: [C, W]; the last column multiplies the current token.
         state: [B, C, W-1], the inputs before x, oldest first; zero if None.
         reset: [B, T] bool, True where a document starts. No tap reaches across a start, not even into `state`.
+        previous: [B, T + 1] int64, of `previous_tokens`: taps go from each token to that, -1 being the last input of the state, and
+            what no token points to is padding, left out as if it were not there. None: each token follows the one before it.
 
     Returns:
-        y [B, T, C] and the state after x [B, C, W-1], both in x's dtype. The state holds 0 for inputs of a document that has ended.
+        y [B, T, C] (0 at padding) and the state after x [B, C, W-1], both in x's dtype. The state holds 0 for inputs of a document
+        that has ended.
 
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
@@ -40,22 +47,26 @@ def causal_conv(
         expect("reset", reset, (batch, length))
         if reset.dtype != torch.bool:
             raise ValueError(f"reset must be bool, found {reset.dtype}")
-    return torch.ops.hydra.causal_conv.default(x, weight, state, reset)
+    if previous is not None:
+        expect("previous", previous, (batch, length + 1))
+        if previous.dtype != torch.int64:
+            raise ValueError(f"previous must be int64, found {previous.dtype}")
+    return torch.ops.hydra.causal_conv.default(x, weight, state, reset, previous)
 
 
-_CONV_INPUTS = "Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None"
+_CONV_INPUTS = "Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None, Tensor? previous=None"
 
 
 @torch.library.custom_op("hydra::causal_conv", mutates_args=(), schema=f"({_CONV_INPUTS}) -> (Tensor y, Tensor state)")
-def _causal_conv(x, weight, state=None, reset=None):
-    case = registry.causal_conv_case("forward", x, weight, state, reset)
+def _causal_conv(x, weight, state=None, reset=None, previous=None):
+    case = registry.causal_conv_case("forward", x, weight, state, reset, previous)
     with full_precision(x):
-        y, tail = registry.kernel("causal_conv", case, x.device).forward(x, weight, state, reset)
+        y, tail = registry.kernel("causal_conv", case, x.device).forward(x, weight, state, reset, previous)
     return exact(y), exact(tail)
 
 
 @_causal_conv.register_fake
-def _(x, weight, state=None, reset=None):
+def _(x, weight, state=None, reset=None, previous=None):
     return fake(x), x.new_empty(x.shape[0], x.shape[2], weight.shape[1] - 1)
 
 
@@ -64,15 +75,17 @@ def _(x, weight, state=None, reset=None):
     mutates_args=(),
     schema=f"(Tensor grad, Tensor grad_state, {_CONV_INPUTS}) -> (Tensor, Tensor, Tensor)",
 )
-def _causal_conv_backward(grad, grad_state, x, weight, state=None, reset=None):
-    case = registry.causal_conv_case("backward", x, weight, state, reset)
+def _causal_conv_backward(grad, grad_state, x, weight, state=None, reset=None, previous=None):
+    case = registry.causal_conv_case("backward", x, weight, state, reset, previous)
     with full_precision(x):
-        grads = registry.kernel("causal_conv", case, x.device).backward(grad, grad_state, x, weight, state, reset)
+        grads = registry.kernel("causal_conv", case, x.device).backward(
+            grad, grad_state, x, weight, state, reset, previous
+        )
     return tuple(or_empty(part, x) for part in grads)
 
 
 @_causal_conv_backward.register_fake
-def _(grad, grad_state, x, weight, state=None, reset=None):
+def _(grad, grad_state, x, weight, state=None, reset=None, previous=None):
     return fake(x), fake(weight), fake_or_empty(state, x)
 
 
@@ -83,7 +96,7 @@ def _causal_conv_setup(ctx, inputs, output):
 def _causal_conv_grads(ctx, grad, grad_state):
     inputs = ctx.saved_tensors
     grads = torch.ops.hydra.causal_conv_backward.default(grad, grad_state, *inputs)
-    return (*given(grads, inputs[:3]), None)
+    return (*given(grads, inputs[:3]), None, None)
 
 
 _causal_conv.register_autograd(_causal_conv_grads, setup_context=_causal_conv_setup)

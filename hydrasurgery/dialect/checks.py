@@ -19,10 +19,29 @@ def expect(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
         raise ValueError(f"{name} must have shape [{wanted}], found {list(x.shape)}")
 
 
+def expect_state(name: str, x: Tensor) -> None:
+    """Raise unless x can hold a recurrent state: what half precision rounds off at every token adds up."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, found {x.dtype}")
+
+
+def check_mask_dtype(mask: Tensor) -> None:
+    """Raise for a mask of integers, of which nobody knows whether they are flags or summands."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"mask must be bool (True = may attend) or float (added to the scores), found {mask.dtype}: give mask.bool() if 1 "
+            "means that a key may be attended to"
+        )
+
+
 def exact(x: Tensor) -> Tensor:
-    """x as its fake kernel promised it: dense, dimensions of size 1 included, and no slice that keeps a larger tensor alive."""
+    """x as its fake kernel promised it: dense, dimensions of size 1 included, and no slice that keeps a larger tensor alive.
+
+    Empty ones too: two slices of one empty tensor would alias each other.
+    """
     flat = x.contiguous().reshape(-1)
-    return (flat if flat.untyped_storage().nbytes() == flat.nbytes else flat.clone()).view(x.shape)
+    whole = flat.nbytes > 0 and flat.untyped_storage().nbytes() == flat.nbytes
+    return (flat if whole else flat.clone()).view(x.shape)
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:

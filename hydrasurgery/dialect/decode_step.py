@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import exact, expect, fake, full_precision
+from hydrasurgery.dialect.checks import exact, expect, expect_state, fake, full_precision
 from hydrasurgery.kernels import registry
+from hydrasurgery.kernels.rotary import TURNS
 
 
 def decode_step(
@@ -27,12 +28,15 @@ def decode_step(
     conv_states: Sequence[Tensor] = (),
     valid: Tensor | None = None,
     reset: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    turn: str = "half",
 ) -> Tensor:
     """One token through a layer's linear heads (rule gated_delta), from short convolution to output gate; inference only.
 
-    q, k, v <- x + causal_conv(x); q, k <- L2-normalised; o, S <- the recurrence of `linear_attention`;
+    q, k, v <- x + causal_conv(x); q, k <- rotated, L2-normalised; o, S <- the recurrence of `linear_attention`;
     out = gamma RMSNorm(o) 2 sigmoid(gate). With `A_log` the gates are computed here:
     decay <- -exp(A_log) softplus(decay + dt_bias) and beta <- sigmoid(beta).
 
@@ -49,10 +53,13 @@ def decode_step(
         conv_weights: of q [H * K, W], k [H * K, W] and v [H * V, W]; empty: no convolution.
         state: [B, H, K, V] fp32, contiguous, **updated in place**.
         conv_states: of q, k and v, [B, H * K or H * V, W - 1] each, contiguous, **updated in place**.
-        valid: [B] bool, of `token_flags`: a token that is padding enters the convolutions as 0 and leaves `state` as it was.
+        valid: [B] bool, of `token_flags`: a token that is padding leaves all states as they were.
         reset: [B] bool, likewise: a document's first token finds all states 0. Together with `valid` or not at all.
+        cos: [B or 1, R], the rotary embedding of the first R channels of q and k, after the convolution; none if None.
+        sin: [B or 1, R], together with `cos` or not at all.
         scale: of the outputs before their norm; K ** -0.5 if None.
         eps: added to the mean square of the outputs.
+        turn: how the embedding pairs channels: "half", "half-back" or "pairs" (`hydrasurgery.kernels.rotary.TURNS`).
 
     Returns:
         [B, H, V] in v's dtype.
@@ -85,7 +92,17 @@ def decode_step(
         raise ValueError("A_log and dt_bias belong together: give both or neither")
     if (valid is None) != (reset is None):
         raise ValueError("valid and reset belong together: give both or neither")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin belong together: give both or neither")
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x is not None:
+            expect(name, x, (1 if x.shape[0] == 1 else batch, cos.shape[-1]))  # type: ignore[union-attr]
+            if x.shape[-1] > channels or x.shape[-1] % 2:
+                raise ValueError(f"{name} must turn an even number of the {channels} channels, found {x.shape[-1]}")
+    if turn not in TURNS:
+        raise ValueError(f"turn must be one of {', '.join(TURNS)}, found {turn!r}")
     expect("state", state, (batch, heads, channels, v.shape[-1]))
+    expect_state("state", state)
     if len(conv_weights) not in (0, 3) or len(conv_states) != len(conv_weights):
         raise ValueError(
             "conv_weights and conv_states must be those of q, k and v, or empty, "
@@ -111,8 +128,11 @@ def decode_step(
         list(conv_states),
         valid,
         reset,
+        cos,
+        sin,
         scale=scale,
         eps=eps,
+        turn=turn,
     )
 
 
@@ -120,23 +140,40 @@ def decode_step(
     "hydra::decode_step",
     mutates_args=("state", "conv_states"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor? gate, Tensor gamma, Tensor? A_log, Tensor? dt_bias, "
-    "Tensor[] conv_weights, Tensor(a!) state, Tensor(b!)[] conv_states, Tensor? valid=None, Tensor? reset=None, *, "
-    "float? scale=None, float eps=1e-6) -> Tensor",
+    "Tensor[] conv_weights, Tensor(a!) state, Tensor(b!)[] conv_states, Tensor? valid=None, Tensor? reset=None, "
+    'Tensor? cos=None, Tensor? sin=None, *, float? scale=None, float eps=1e-6, str turn="half") -> Tensor',
 )
 def _decode_step(
     q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid=None, reset=None,
-    *, scale=None, eps=1e-6,
+    cos=None, sin=None, *, scale=None, eps=1e-6, turn="half",
 ):  # fmt: skip
     case = registry.decode_step_case(q, v, conv_weights[0].shape[1] if conv_weights else 0)
     forward = registry.kernel("decode_step", case, q.device).forward
-    inputs = (q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid, reset)
+    inputs = (
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        gate,
+        gamma,
+        A_log,
+        dt_bias,
+        conv_weights,
+        state,
+        conv_states,
+        valid,
+        reset,
+        cos,
+        sin,
+    )
     with full_precision(q):
-        return exact(forward(*inputs, scale=scale, eps=eps))
+        return exact(forward(*inputs, scale=scale, eps=eps, turn=turn))
 
 
 @_decode_step.register_fake
 def _(
     q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid=None, reset=None,
-    *, scale=None, eps=1e-6,
+    cos=None, sin=None, *, scale=None, eps=1e-6, turn="half",
 ):  # fmt: skip
     return fake(v)

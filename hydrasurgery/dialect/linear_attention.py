@@ -7,9 +7,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import exact, expect, fake, fake_or_empty, full_precision, given, or_empty, save
+from hydrasurgery.dialect.checks import (
+    exact,
+    expect,
+    expect_state,
+    fake_or_empty,
+    full_precision,
+    given,
+    or_empty,
+    save,
+)
 from hydrasurgery.kernels import registry
-from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES
+from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES, output_dtype
 
 
 def linear_attention(
@@ -45,16 +54,19 @@ def linear_attention(
         k: [B, T, H, K].
         v: [B, T, H, V].
         decay: natural logarithm of the decay, at most 0: [B, T, H], or [B, T, H, K] for one a key channel. For the gated rules.
-        beta: [B, T, H], the strength of a write. For the delta rules.
-        state: [B, H, K, V] fp32, the state before the first token; zero if None.
+            A positive one is refused on a CPU; elsewhere to look would be to wait, and what it gives is not specified.
+        beta: [B, T, H], the strength of a write, any number. For the delta rules.
+        state: [B, H, K, V] fp32 or fp64, the state before the first token; zero if None.
         rule: "linear", "gated", "delta" or "gated_delta".
         scale: of the outputs; K ** -0.5 if None.
 
     Returns:
-        o [B, T, H, V] in v's dtype and the state after the last token [B, H, K, V] in fp32 (fp64 if q, k or v is fp64).
+        o [B, T, H, V] in v's dtype (fp32 for v of fp16 and a rule without delta, whose sums may exceed fp16) and the state after
+        the last token [B, H, K, V] in fp32 (fp64 if q, k or v is fp64).
 
     Raises:
-        ValueError: an unknown rule, an argument that the rule lacks or does not use, or a shape that does not fit.
+        ValueError: an unknown rule, an argument that the rule lacks or does not use, a shape or dtype that does not fit, or a
+            positive decay on a CPU.
 
     Example:
         >>> q, k, v = (torch.nn.functional.normalize(torch.randn(1, 6, 2, 8), dim=-1) for _ in range(3))
@@ -80,6 +92,7 @@ def linear_attention(
         expect("beta", beta, (batch, length, heads))
     if state is not None:
         expect("state", state, (batch, heads, channels, v.shape[-1]))
+        expect_state("state", state)
     return torch.ops.hydra.linear_attention.default(q, k, v, decay, beta, state, rule=rule, scale=scale)
 
 
@@ -92,6 +105,14 @@ def _check_rule(rule: str, decay: Tensor | None, beta: Tensor | None) -> None:
         raise ValueError(f"beta is missing: rule {rule!r} needs it, [B, T, H]")
 
 
+def _check_decay(decay: Tensor | None) -> None:
+    """Chunked kernels take decays for factors of at most 1."""
+    if decay is not None and decay.device.type == "cpu" and bool((decay > 0).any()):
+        raise ValueError(
+            f"decay must be at most 0, found {float(decay.max()):.3g}: it is the logarithm of what is kept of the state"
+        )
+
+
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? decay=None, Tensor? beta=None, Tensor? state=None"
 _OPTIONS = 'str rule="gated_delta", float? scale=None'
 
@@ -102,6 +123,7 @@ _OPTIONS = 'str rule="gated_delta", float? scale=None'
 @torch._disable_dynamo  # as custom_op does with its kernels; torch.compiler.disable would import all of dynamo
 def _run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
+    _check_decay(decay)
     case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule)
     forward = registry.kernel("linear_attention", case, q.device).forward
     with full_precision(q):
@@ -112,7 +134,8 @@ def _run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scal
 def _fake_run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
     wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
-    return fake(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=wide)
+    o = v.new_empty(v.shape, dtype=output_dtype(rule, v))
+    return o, q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=wide)
 
 
 # --- for training ------------------------------------------------------------------------------------------------------------
@@ -132,6 +155,7 @@ def _training_module(
 )
 def _forward(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
+    _check_decay(decay)
     module = _training_module(q, k, v, decay, state, rule)
     inputs, kept = (q, k, v, decay, beta, state), ()
     with full_precision(q):

@@ -12,6 +12,7 @@ ATTENTION = torch.ops.hydra.attention.default
 LINEAR_ATTENTION = torch.ops.hydra.linear_attention.default
 CAUSAL_CONV = torch.ops.hydra.causal_conv.default
 FUSION = torch.ops.hydra.scale_norm_fusion.default
+PREVIOUS_TOKENS = torch.ops.hydra.previous_tokens.default
 TOKEN_POSITIONS = torch.ops.hydra.token_positions.default
 DECODE_STEP = torch.ops.hydra.decode_step.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -30,6 +31,7 @@ __all__ = [
     "KINDS",
     "LINEAR",
     "LINEAR_ATTENTION",
+    "PREVIOUS_TOKENS",
     "RULES",
     "Rule",
     "SDPA",

@@ -1,50 +1,137 @@
-"""What a mask says of tokens, and `hydra::token_positions`, which counts them."""
+"""What a mask says of tokens, with the operators that count them and find the last one before each."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import expect
+from hydrasurgery.dialect.checks import check_mask_dtype, expect
 
 MASKED = -1.0e4  # what additive masks hold where a token may not attend is this or less, in every dtype
 
 
 def token_flags(
-    mask: Tensor | None, hidden_states: Tensor, first_key: Tensor | int | None = None
+    mask: Tensor | None,
+    hidden_states: Tensor,
+    first_key: Tensor | int | None = None,
+    *,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a complete attention mask says of each token: is it one (not padding), and does a document start with it?
 
-    Token t is key `first_key + t`. `valid[t]`: t may attend to itself.
-    `reset[t]`: t is valid and may not attend to the key before it (False if there is none). The mask's first head is read.
+    Token t is key `first_key + t`. `valid[t]`: t may attend to itself. `reset[t]`: t is valid and may not attend to the last valid
+    token before it; padding between the two says nothing. A call's first valid token is asked for all keys before the call: it
+    starts a document if it sees none of them. With a `window`, keys outside of it say nothing either, and what comes before a
+    call is taken to go on: padding as long as the window cannot be told from another document. The mask's first head is read.
 
     Args:
         mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (-1e4 or less = may not), or None.
         hidden_states: [B, T, ...]; only its shape and device are used.
         first_key: which of the S keys the first token is, a number or a tensor [1] or []; S - T if None.
+        window: the number of keys that the attention sees, the query's own included.
 
     Returns:
         (valid [B, T], reset [B, T]), bool; all True and all False without a mask.
+
+    Raises:
+        ValueError: the mask has another shape, or holds integers.
 
     Example:
         Padding, then two documents of one token each.
 
         >>> mask = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()[None, None]
         >>> token_flags(mask, torch.empty(1, 3, 8))
-        (tensor([[False,  True,  True]]), tensor([[False,  True,  True]]))
+        (tensor([[False,  True,  True]]), tensor([[False, False,  True]]))
     """
     batch, length = hidden_states.shape[:2]
     if mask is None:
         flags = hidden_states.new_ones((batch, length), dtype=torch.bool)
         return flags, ~flags
+    expect_mask(mask, length)
     first = mask[:, 0]
     start = first.shape[2] - first.shape[1] if first_key is None else first_key
-    own = torch.arange(first.shape[1], device=mask.device) + start
     # Gathered and not sliced along a diagonal: that would need slices of T - 1, and an exported graph would exclude T = 2.
-    columns = (own, (own - 1).clamp(min=0))
-    valid, follows = (_may_attend(first.gather(2, c[:, None].expand(first.shape[0], -1, 1)))[..., 0] for c in columns)
-    reset = valid & ~follows & (own > 0)
+    own = torch.arange(first.shape[1], device=mask.device) + start
+    valid = _look(first, own.expand(first.shape[0], -1))
+    reset = _starts(first, valid, own, start, window)
     return valid.expand(batch, length), reset.expand(batch, length)
+
+
+def _starts(first: Tensor, valid: Tensor, own: Tensor, start: Tensor | int, window: int | None) -> Tensor:
+    """`reset` of `token_flags`, from the mask of one head [B, T, S] and the keys `own` [T] that the tokens are."""
+    length = valid.shape[1]
+    if _is(length, 0):
+        return valid
+    if _is(length, 1):
+        before, row = None, first[:, 0]
+    else:
+        previous = torch.ops.hydra.previous_tokens.default(valid)
+        before = previous.narrow(1, 0, length)
+        unseen = (previous.narrow(1, 1, length) < 0).sum(1, keepdim=True).clamp(max=length - 1)  # the first valid token
+        row = first.gather(1, unseen[:, :, None].expand(-1, -1, first.shape[2]))[:, 0]
+    if window is None and not _is(start, 0):
+        past = may_attend(row) & (torch.arange(first.shape[2], device=first.device) < start)
+        goes_on = past.any(1, keepdim=True) | (own.narrow(0, 0, 1) == 0)
+    else:
+        goes_on = torch.ones_like(valid)
+    if before is None:
+        return valid & ~goes_on
+    follows = _look(first, (before + start).clamp(min=0))
+    if window is not None:
+        follows = follows | (torch.arange(length, device=first.device) - before >= window)
+    return valid & ~((before >= 0) & follows) & ~((before < 0) & goes_on)
+
+
+def _look(first: Tensor, columns: Tensor) -> Tensor:
+    """Which of the keys `columns` [B, T], one a token, the tokens may attend to."""
+    return may_attend(first.gather(2, columns[:, :, None]))[..., 0]
+
+
+def _is(size: Any, number: int) -> bool:
+    """Whether a size is this number, as far as is known without asking: a symbol of an exported graph is none."""
+    return isinstance(size, int) and size == number
+
+
+def expect_mask(mask: Tensor, length: int) -> None:
+    """Raise unless a mask has a row a token, of a dtype that says what it means."""
+    check_mask_dtype(mask)
+    if mask.dim() != 4 or mask.shape[2] != length:
+        raise ValueError(
+            f"an attention mask must be complete, [batch or 1, heads or 1, {length}, keys], found {list(mask.shape)}: "
+            "linear heads read which keys each token may attend to"
+        )
+
+
+def may_attend(mask: Tensor) -> Tensor:
+    """Where a bool or additive mask lets a query attend to a key."""
+    return mask if mask.dtype == torch.bool else mask > MASKED
+
+
+def previous_tokens(valid: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """For each token, and for the one that will come next, the last valid token before it.
+
+    Args:
+        valid: [B, T] bool, of `token_flags`.
+        mask: what `valid` was read from; with None every token is valid, and nothing needs to be looked up.
+
+    Returns:
+        [B, T + 1] int64, -1 where there is none in this call; None without a mask.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+
+    Example:
+        >>> previous_tokens(torch.tensor([[1, 0, 0, 1]]).bool(), torch.ones(1, 1, 4, 4))
+        tensor([[-1,  0,  0,  0,  3]])
+    """
+    expect("valid", valid, (None, None))
+    if mask is None:
+        return None
+    if _is(valid.shape[1], 1):
+        return torch.nn.functional.pad(valid.long() - 1, (1, 0), value=-1)
+    return torch.ops.hydra.previous_tokens.default(valid)
 
 
 def token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,8 +161,18 @@ def token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) ->
     return torch.ops.hydra.token_positions.default(valid, reset, seen)
 
 
-def _may_attend(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > MASKED
+@torch.library.custom_op("hydra::previous_tokens", mutates_args=())
+def _previous_tokens(valid: Tensor) -> Tensor:
+    place = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, place, -1)
+    if valid.shape[1]:
+        last = last.cummax(1).values
+    return torch.nn.functional.pad(last, (1, 0), value=-1)
+
+
+@_previous_tokens.register_fake
+def _(valid):
+    return valid.new_empty(valid.shape[0], valid.shape[1] + 1, dtype=torch.int64)
 
 
 @torch.library.custom_op("hydra::token_positions", mutates_args=())

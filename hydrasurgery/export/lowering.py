@@ -14,6 +14,7 @@ import onnx
 import torch
 from onnxscript import ir, opset23, values
 
+from hydrasurgery.dialect.names import DELTA_RULES
 from hydrasurgery.errors import ExportError
 
 op: Any = opset23
@@ -59,16 +60,19 @@ class Lowering:
         def linear_attention(q, k, v, decay=None, beta=None, state=None, rule="gated_delta", scale=None):
             return self.linear_attention(q, k, v, decay, beta, state, rule, scale)
 
-        def causal_conv(x, weight, state=None, reset=None):
-            return self.causal_conv(x, weight, state, reset)
+        def causal_conv(x, weight, state=None, reset=None, previous=None):
+            return self.causal_conv(x, weight, state, reset, previous)
 
         def scale_norm_fusion(o_full, o_linear, gamma, gate=None, linear_heads=(), norm_full=False, eps=1e-6):
             return self.scale_norm_fusion(o_full, o_linear, gamma, gate, linear_heads, norm_full, eps)
 
         def token_positions(valid, reset, seen=None):
-            return self.token_positions(valid, seen)
+            return self.token_positions(valid, reset, seen)
 
-        functions = (attention, linear_attention, causal_conv, scale_norm_fusion, token_positions)
+        def previous_tokens(valid):
+            return self.previous_tokens(valid)
+
+        functions = (attention, linear_attention, causal_conv, scale_norm_fusion, token_positions, previous_tokens)
         return {getattr(torch.ops.hydra, f.__name__).default: f for f in functions}
 
     # --- attention ------------------------------------------------------------------------------------------------
@@ -158,11 +162,45 @@ class Lowering:
             update_rule=rule,
             scale=dim**-0.5 if scale is None else scale,
         )
-        return op.Reshape(op.CastLike(out, v), op.Constant(value_ints=[0, 0, heads, width])), present
+        narrow = v.dtype != ir.DataType.FLOAT16 or rule in DELTA_RULES  # the dtype of `ops.linear_attention`
+        out = op.CastLike(out, v) if narrow else out
+        return op.Reshape(out, op.Constant(value_ints=[0, 0, heads, width])), present
 
-    def causal_conv(self, x: Any, weight: Any, state: Any, reset: Any) -> tuple[Any, Any]:
-        """x [B, T, C] turned to [B, C, T]. `reset` is left out: an attention_mask [B, S] tells of no packed documents."""
+    def causal_conv(self, x: Any, weight: Any, state: Any, reset: Any, previous: Any) -> tuple[Any, Any]:
+        """x [B, T, C] turned to [B, C, T]; with `previous`, padding is brought to the front, the state and the tokens behind it.
+
+        An attention_mask [B, S] tells of no packed documents: a `reset` can only say that the past is masked.
+        """
+        before, channels = int(weight.shape[1]) - 1, int(x.shape[2])
         taps = op.CastLike(op.Unsqueeze(weight, op.Constant(value_ints=[1])), x)
+        state = _unless_reset(state, reset, 2)
+        if previous is None or not before:
+            y, present = self._convolve(x, taps, state)
+            return y, present
+        batch = _size(x, 0)
+        if state is None:
+            zero = op.CastLike(op.Constant(value_float=0.0), x)
+            past = op.Expand(zero, op.Concat(batch, op.Constant(value_ints=[before, channels]), axis=0))
+        else:
+            past = op.Transpose(state, perm=[0, 2, 1])
+        valid = op.Equal(op.Slice(previous, *_span(1, 2**62, 1)), _places(x))
+        real = op.Expand(op.Constant(value_ints=[1]), op.Concat(batch, op.Constant(value_ints=[before]), axis=0))
+        real = op.Concat(real, op.Cast(valid, to=ir.DataType.INT64), axis=1)
+        count, place = op.CumSum(real, op.Constant(value_int=1)), _places(real)
+        padding = op.Sub(_size(real, 1), op.Slice(count, *_span(-1, 2**62, 1)))
+        goes_to = op.Where(
+            op.Cast(real, to=ir.DataType.BOOL),
+            op.Sub(op.Add(padding, count), op.Constant(value_int=1)),
+            op.Sub(place, count),
+        )
+        comes_from = op.ScatterElements(place, goes_to, place, axis=1)
+        line = _take(op.Concat(past, x, axis=1), comes_from)
+        first = op.Transpose(op.Slice(line, *_span(0, before, 1)), perm=[0, 2, 1])
+        y, present = self._convolve(op.Slice(line, *_span(before, 2**62, 1)), taps, first)
+        y = op.Slice(_take(op.Concat(past, y, axis=1), goes_to), *_span(before, 2**62, 1))
+        return op.Mul(y, op.CastLike(op.Unsqueeze(valid, op.Constant(value_ints=[2])), y)), present
+
+    def _convolve(self, x: Any, taps: Any, state: Any) -> tuple[Any, Any]:
         channels_first = op.Transpose(x, perm=[0, 2, 1])
         y, present = self._operator("CausalConvWithState")(channels_first, taps, None, state, activation="none")
         return op.Transpose(y, perm=[0, 2, 1]), present
@@ -183,13 +221,25 @@ class Lowering:
         return values.Op(values.Opset(domain, 1), name, schema)
 
     @staticmethod
-    def token_positions(valid: Any, seen: Any) -> tuple[Any, Any]:
-        """Counts of an attention_mask [B, S], which tells of no packed documents: `reset` is left out here too."""
+    def token_positions(valid: Any, reset: Any, seen: Any) -> tuple[Any, Any]:
+        """Counts of an attention_mask [B, S], which tells of no packed documents: a `reset` says that the past is masked."""
+        seen = _unless_reset(seen, reset, 0)
         count = op.CumSum(op.Cast(valid, to=ir.DataType.INT64), op.Constant(value_int=1))
         if seen is not None:
             count = op.Add(count, op.Unsqueeze(seen, op.Constant(value_ints=[1])))
         positions = op.Max(op.Sub(count, op.Constant(value_int=1)), op.Constant(value_int=0))
         return positions, op.Squeeze(op.Slice(count, *_span(-1, 2**62, 1)), op.Constant(value_ints=[1]))
+
+    @staticmethod
+    def previous_tokens(valid: Any) -> Any:
+        """Tokens are listed by how many there are up to them; before token t stands the one with the number of those before t."""
+        count, place = op.CumSum(op.Cast(valid, to=ir.DataType.INT64), op.Constant(value_int=1)), _places(valid)
+        length = _size(valid, 1)
+        none = op.Concat(_size(valid, 0), op.Add(length, op.Constant(value_ints=[2])), axis=0)
+        number = op.Where(valid, count, op.Add(length, op.Constant(value_ints=[1])))  # padding goes where nobody looks
+        listed = op.ScatterElements(op.Expand(op.Constant(value_ints=[-1]), none), number, place, axis=1)
+        start = op.Expand(op.Constant(value_ints=[0]), op.Concat(_size(valid, 0), op.Constant(value_ints=[1]), axis=0))
+        return op.GatherElements(listed, op.Concat(start, count, axis=1), axis=1)
 
     # --- fusion ---------------------------------------------------------------------------------------------------
 
@@ -223,6 +273,33 @@ class Lowering:
         return op.Gather(
             op.Concat(*parts, axis=2), op.Constant(value_ints=[order.index(slot) for slot in range(total)]), axis=2
         )
+
+
+def _size(x: Any, dim: int) -> Any:
+    """A dimension's size, [1] int64."""
+    return op.Shape(x, start=dim, end=dim + 1)
+
+
+def _places(x: Any) -> Any:
+    """0, 1, 2, ... along the second of x's first two dimensions, [B, T] int64."""
+    ones = op.Expand(op.Constant(value_ints=[1]), op.Shape(x, start=0, end=2))
+    return op.CumSum(ones, op.Constant(value_int=1), exclusive=1)
+
+
+def _take(x: Any, order: Any) -> Any:
+    """The rows `order` [B, L] of each of x [B, L, C]."""
+    return op.GatherND(x, op.Unsqueeze(order, op.Constant(value_ints=[2])), batch_dims=1)
+
+
+def _unless_reset(state: Any, reset: Any, dims: int) -> Any:
+    """A state [B, ...] of `dims` more dimensions, 0 in rows that have a reset (which is at their first token: see above)."""
+    if state is None or reset is None:
+        return state
+    kept = op.Cast(op.Not(reset), to=ir.DataType.INT64)
+    kept = op.ReduceMin(kept, op.Constant(value_ints=[1]), keepdims=0)
+    if dims:
+        kept = op.Unsqueeze(kept, op.Constant(value_ints=list(range(1, dims + 1))))
+    return op.Mul(state, op.CastLike(kept, state))
 
 
 def _span(start: int, stop: int, axis: int) -> list[Any]:

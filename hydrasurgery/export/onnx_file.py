@@ -66,7 +66,7 @@ def export_onnx(
 ) -> OnnxExport:
     """Write `model` as ONNX, checked by the ONNX checker and shape inference; nothing is written if anything fails.
 
-    Inputs: `input_ids` [batch, sequence], `attention_mask` [batch, past + sequence] (1: a token; padding on the left only),
+    Inputs: `input_ids` [batch, sequence], `attention_mask` [batch, past + sequence] (1: a token, 0: padding, anywhere),
     `position_ids` [batch, sequence], and with `cache` each state, empty or zero at the start. Outputs: `logits`
     [batch, sequence, vocabulary] and each state after the tokens. Every length fits, 0 of past and 1 of sequence included.
 
@@ -232,7 +232,7 @@ def _name_dimensions(graph: Any, traced: Traced) -> None:
                 names.setdefault(str(size.value), name)
 
     def rename(size: Any) -> Any:
-        if isinstance(size, int):
+        if isinstance(size, int) or size.value is None:  # unknown: a name would claim that all such sizes are one
             return size
         text = re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), str(size.value))
         return {"past + sequence": "total", "sequence + past": "total"}.get(text, text)

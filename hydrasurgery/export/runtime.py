@@ -80,7 +80,7 @@ class OnnxDecoder:
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, P + T], of all tokens up to now; 0 for padding on the left.
+            attention_mask: [B, P + T], of all tokens up to now; 0 for padding.
             states: what the last step returned; None at the start.
         """
         length = input_ids.shape[1]

@@ -11,7 +11,7 @@ from hydrasurgery import ops
 from hydrasurgery.ir.region import Region
 from hydrasurgery.ir.state import TELLS
 
-FLAGS = ("valid", "reset")
+FLAGS = ("valid", "reset")  # what `ops.token_flags` returns
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -42,7 +42,8 @@ def token_flags(region: Region, mask: fx.Node | None) -> tuple[fx.Node, fx.Node]
         order = list(graph.nodes)
         before = [n for n in order if n.op == "placeholder" or n is mask][-1]
         with graph.inserting_before(before.next):
-            flags = graph.call_function(ops.token_flags, (mask, region.source))
+            window: dict[str, Any] = {} if region.window is None or mask is None else {"window": region.window}
+            flags = graph.call_function(ops.token_flags, (mask, region.source), window)
             for place, name in enumerate(FLAGS):
                 graph.create_node("call_function", operator.getitem, (flags, place), None, name)
     flags = region.find(ops.token_flags)[0]
@@ -51,3 +52,12 @@ def token_flags(region: Region, mask: fx.Node | None) -> tuple[fx.Node, fx.Node]
         for place in {0, 1} - found.keys():  # removed as long as nothing read it
             found[place] = graph.create_node("call_function", operator.getitem, (flags, place), None, FLAGS[place])
     return found[0], found[1]
+
+
+def previous_tokens(region: Region, mask: fx.Node | None) -> fx.Node:
+    """The node of each token's predecessor (`ops.previous_tokens`), made where it is not there yet."""
+    valid, _ = token_flags(region, mask)
+    if not region.find(ops.previous_tokens):
+        with region.graph.inserting_after(valid):
+            region.graph.create_node("call_function", ops.previous_tokens, (valid, mask), None, "previous")
+    return region.find(ops.previous_tokens)[0]

@@ -41,13 +41,16 @@ def step_linear(
     dt_bias: Tensor,
     valid: Tensor,
     reset: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    turn: str = "half",
 ) -> Tensor:
     """One token through a layer's linear heads by `ops.decode_step`, the states in `state` brought up to date in place.
 
     q, k, v [B, H, 1, K or V]; decay, beta and gate [B, 1, H] as projections left them; weights of the short convolution
-    [H * K or V, W] or None; A_log, dt_bias [H]; valid, reset [B, 1] -> [B, 1, H, V].
+    [H * K or V, W] or None; A_log, dt_bias [H]; valid, reset [B, 1]; cos, sin [B or 1, 1, 1, R] or None -> [B, 1, H, V].
     """
     weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
     names = ("q_conv", "k_conv", "v_conv")[: len(weights)]
@@ -69,8 +72,11 @@ def step_linear(
         conv_states=[state.states[name] for name in names],
         valid=valid[:, 0],
         reset=reset[:, 0],
+        cos=None if cos is None else cos[:, 0, 0],
+        sin=None if sin is None else sin[:, 0, 0],
         scale=scale,
         eps=eps,
+        turn=turn,
     )
     return o[:, None]
 

@@ -79,7 +79,7 @@ def backward(
     budget = BACKWARD_SCORES_CPU if q.device.type == "cpu" else BACKWARD_SCORES
     for rows, cols in blocks(q, k, mask, causal, window, budget):
         # Heads of a group stacked along the queries: one product a group, and dk, dv are summed over its heads by it.
-        stack = (batch, groups, -1)
+        stack = (batch, groups, heads // groups * (rows.stop - rows.start))
         q_rows = q_all[:, :, rows].reshape(*stack, q.shape[-1])
         grad_rows = grad_all[:, :, rows].reshape(*stack, v.shape[-1])
         k_cols, v_cols = keys[:, :, cols], values[:, :, cols]
@@ -94,7 +94,7 @@ def backward(
         if dsinks is not None and p_sink is not None:
             dsinks -= (p_sink * delta).sum((0, 2, 3))
         ds, p = ds.view(*stack, shape[-1]), p.reshape(*stack, shape[-1])
-        dq[:, :, rows] = (ds @ k_cols).view(batch, heads, shape[2], -1)
+        dq[:, :, rows] = (ds @ k_cols).view(*shape[:3], q.shape[-1])
         dk[:, :, cols] += ds.mT @ q_rows
         dv[:, :, cols] += p.mT @ grad_rows
     if sinks is not None and dsinks is not None:
@@ -159,7 +159,7 @@ def _eager(
     batch, heads, queries, _ = q.shape
     k, v = repeat_heads(k, heads // k.shape[1]), repeat_heads(v, heads // v.shape[1])
     out = q.new_empty(batch, queries, heads, v.shape[-1])
-    step = max(1, EAGER_SCORES // (batch * heads * k.shape[2]))
+    step = max(1, EAGER_SCORES // max(1, batch * heads * k.shape[2]))
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))
         part = None if mask is None else mask[:, :, rows]

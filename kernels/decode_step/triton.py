@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydrasurgery.kernels.decode_step.reference import L2_EPS
+from hydrasurgery.kernels.rotary import TURNS
 
 STATE_ELEMENTS = 8192  # of a state, in registers at once
 WARPS = 4
@@ -30,14 +31,13 @@ def _log1p(x):
 
 @triton.jit
 def _load_head(
-    x, stride_batch, stride_head, weight, past, batch, head, token, follows,
+    x, stride_batch, stride_head, weight, past, batch, head, channel, token, follows,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """A head's vector after the residual convolution, and what that saw [BLOCK, TAPS]: W - 1 past inputs, then its own.
+    """Channels of a head's vector after the residual convolution, and what that saw [BLOCK, TAPS]: W - 1 past inputs, then its own.
 
     `token`: the vector counts (else it is 0). `follows`: the past counts.
     """
-    channel = tl.arange(0, BLOCK)
     live = channel < SIZE
     own = tl.load(x + batch * stride_batch + head * stride_head + channel, mask=live & token, other=0).to(tl.float32)
     past += (batch * HEADS + head) * SIZE * (WIDTH - 1)
@@ -55,13 +55,56 @@ def _load_head(
 
 
 @triton.jit
+def _load_rotated(
+    x, stride_batch, stride_head, weight, past, cos, sin, batch, head, token, follows,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
+    TURN: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """`_load_head` of all channels, the first TURNED of them rotated: each meets its partner, which is loaded once more."""
+    channel = tl.arange(0, BLOCK)
+    own, seen = _load_head(
+        x,
+        stride_batch,
+        stride_head,
+        weight,
+        past,
+        batch,
+        head,
+        channel,
+        token,
+        follows,
+        HEADS,
+        SIZE,
+        WIDTH,
+        BLOCK,
+        TAPS,
+    )
+    if TURNED > 0:
+        turns = channel < TURNED
+        if TURN == 2:  # pairs of neighbours
+            partner = channel ^ 1
+            sign = tl.where(channel % 2 == 0, -1.0, 1.0)
+        else:
+            lower = channel < TURNED // 2
+            partner = tl.where(lower, channel + TURNED // 2, channel - TURNED // 2)
+            sign = tl.where(lower, -1.0, 1.0) if TURN == 0 else tl.where(lower, 1.0, -1.0)
+        other, _ = _load_head(
+            x, stride_batch, stride_head, weight, past, batch, head, tl.where(turns, partner, SIZE), token, follows,
+            HEADS, SIZE, WIDTH, BLOCK, TAPS,
+        )  # fmt: skip
+        factor = tl.load(cos + channel, mask=turns, other=1).to(tl.float32)
+        own = own * factor + sign * other * tl.load(sin + channel, mask=turns, other=0).to(tl.float32)
+    return own, seen
+
+
+@triton.jit
 def _store_history(
-    seen, past, batch, head,
+    seen, past, batch, head, token,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """The history without its oldest input."""
+    """The history without its oldest input; padding leaves it as it was."""
     channel, slot = tl.arange(0, BLOCK), tl.arange(0, TAPS)
-    kept = (channel < SIZE)[:, None] & ((slot > 0) & (slot < WIDTH))[None, :]
+    kept = ((channel < SIZE) & token)[:, None] & ((slot > 0) & (slot < WIDTH))[None, :]
     past += (batch * HEADS + head) * SIZE * (WIDTH - 1)
     tl.store(past + channel[:, None] * (WIDTH - 1) + (slot - 1)[None, :], seen.to(past.dtype.element_ty), mask=kept)
 
@@ -69,9 +112,10 @@ def _store_history(
 @triton.jit
 def _kernel(
     q, k, v, decay, beta, gate, gamma, a_log, dt_bias, q_weight, k_weight, v_weight, state, q_past, k_past, v_past,
-    valid, reset, out, q_batch, q_head, k_batch, k_head, v_batch, v_head, scale, eps, l2_eps,
+    valid, reset, cos, sin, out, q_batch, q_head, k_batch, k_head, v_batch, v_head, turn_batch, scale, eps, l2_eps,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr, GATE: tl.constexpr,
-    FLAGS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, TAPS: tl.constexpr,
+    FLAGS: tl.constexpr, TURN: tl.constexpr, TURNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    TILES: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     batch, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     row, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
@@ -84,16 +128,21 @@ def _kernel(
     token, follows = batch >= 0, batch >= 0  # true
     if FLAGS:
         token, follows = tl.load(valid + batch) != 0, tl.load(reset + batch) == 0
+        follows = follows | (token == 0)
     # The state is under way while the vectors are made ready.
     following = tl.load(state + at, mask=inside & follows, other=0)
-    queries, q_seen = _load_head(
-        q, q_batch, q_head, q_weight, q_past, batch, head, token, follows, HEADS, K, WIDTH, BLOCK_K, TAPS
-    )
-    keys, k_seen = _load_head(
-        k, k_batch, k_head, k_weight, k_past, batch, head, token, follows, HEADS, K, WIDTH, BLOCK_K, TAPS
-    )
+    cos, sin = cos + batch * turn_batch, sin + batch * turn_batch
+    queries, q_seen = _load_rotated(
+        q, q_batch, q_head, q_weight, q_past, cos, sin, batch, head, token, follows,
+        HEADS, K, WIDTH, BLOCK_K, TAPS, TURN, TURNED,
+    )  # fmt: skip
+    keys, k_seen = _load_rotated(
+        k, k_batch, k_head, k_weight, k_past, cos, sin, batch, head, token, follows,
+        HEADS, K, WIDTH, BLOCK_K, TAPS, TURN, TURNED,
+    )  # fmt: skip
+    channel = tl.arange(0, VALUES)
     values, v_seen = _load_head(
-        v, v_batch, v_head, v_weight, v_past, batch, head, token, follows, HEADS, V, WIDTH, VALUES, TAPS
+        v, v_batch, v_head, v_weight, v_past, batch, head, channel, token, follows, HEADS, V, WIDTH, VALUES, TAPS
     )
     queries *= tl.rsqrt(tl.sum(queries * queries) + l2_eps) * scale
     keys *= tl.rsqrt(tl.sum(keys * keys) + l2_eps)
@@ -110,9 +159,9 @@ def _kernel(
     # Some threads may hold copies of what another one stores: all loads come first.
     tl.debug_barrier()
     if WIDTH > 0:
-        _store_history(q_seen, q_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
-        _store_history(k_seen, k_past, batch, head, HEADS, K, WIDTH, BLOCK_K, TAPS)
-        _store_history(v_seen, v_past, batch, head, HEADS, V, WIDTH, VALUES, TAPS)
+        _store_history(q_seen, q_past, batch, head, token, HEADS, K, WIDTH, BLOCK_K, TAPS)
+        _store_history(k_seen, k_past, batch, head, token, HEADS, K, WIDTH, BLOCK_K, TAPS)
+        _store_history(v_seen, v_past, batch, head, token, HEADS, V, WIDTH, VALUES, TAPS)
     tile_of = tl.arange(0, TILES)[:, None]
     values = tl.reshape(values, (TILES, BLOCK_V))
     answers = tl.zeros((TILES, BLOCK_V), tl.float32)
@@ -151,9 +200,12 @@ def forward(
     conv_states: Sequence[Tensor],
     valid: Tensor | None = None,
     reset: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
     scale: float | None,
     eps: float,
+    turn: str = "half",
 ) -> Tensor:
     """As `reference.forward`. `state` and `conv_states` must be contiguous, for they are written in place."""
     (batch, heads, width_k), width_v = q.shape, v.shape[-1]
@@ -163,6 +215,7 @@ def forward(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     decay, beta = decay.contiguous(), beta.contiguous()
     flags = [q if x is None else x.contiguous().view(torch.uint8) for x in (valid, reset)]
+    tables = [q if x is None else x.contiguous() for x in (cos, sin)]
     taps = conv_weights[0].shape[1] if conv_weights else 0
     weights = [w.contiguous() for w in conv_weights] if taps else [q, q, q]
     pasts = list(conv_states) if taps else [q, q, q]
@@ -170,11 +223,13 @@ def forward(
     block_v = min(triton.next_power_of_2(width_v), max(1, STATE_ELEMENTS // block_k))
     _kernel[(batch * heads,)](
         q, k, v, decay, beta, q if gate is None else gate.contiguous(), gamma, q if A_log is None else A_log,
-        q if dt_bias is None else dt_bias, *weights, state, *pasts, *flags, out,
+        q if dt_bias is None else dt_bias, *weights, state, *pasts, *flags, *tables, out,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        0 if cos is None or cos.shape[0] == 1 else cos.shape[1],
         width_k**-0.5 if scale is None else scale, eps, L2_EPS,
         HEADS=heads, K=width_k, V=width_v, WIDTH=taps, RAW=A_log is not None, GATE=gate is not None,
-        FLAGS=valid is not None, BLOCK_K=block_k, BLOCK_V=block_v,
+        FLAGS=valid is not None, TURN=list(TURNS).index(turn), TURNED=0 if cos is None else cos.shape[1],
+        BLOCK_K=block_k, BLOCK_V=block_v,
         TILES=triton.cdiv(triton.next_power_of_2(width_v), block_v), TAPS=triton.next_power_of_2(max(1, taps)), num_warps=WARPS,
     )  # fmt: skip
     return out

@@ -43,14 +43,16 @@ def forward(
     rule: str,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(o [B, T, H, V] in v's dtype, final state [B, H, K, V]); arguments as in `hydrasurgery.ops.linear_attention`."""
+    """(o [B, T, H, V], final state [B, H, K, V]); arguments and dtypes as in `hydrasurgery.ops.linear_attention`."""
     decay, beta = _used(rule, decay, beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.shape[1] == 1:
         return _step(q, k, v, decay, beta, state, scale)
     batch, length, heads, _ = q.shape
     current = _first_state(q, k, v, state)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    out = torch.empty(v.shape, dtype=output_dtype(rule, v), device=v.device)
+    if not batch * length * heads:
+        length = 0  # of no sequence or no head: nothing to walk through either
     for start in range(0, length, SEGMENT):
         span = slice(start, start + SEGMENT)
         part = _load(q, k, v, decay, beta, span, scale, current.dtype)
@@ -60,7 +62,7 @@ def forward(
         o = (part.q * part.decay.rise) @ states[:-1] + part.decay.pair(part.q, part.k) @ updates
         out[:, span] = _unload(o, batch, out[:, span].shape[1])
         current = states[-1]
-    return out, current.view(batch, heads, *current.shape[1:]).clone()
+    return out, current.view(batch, heads, *current.shape[1:]).clone()  # a view would keep the states of every chunk
 
 
 def backward(
@@ -83,8 +85,8 @@ def backward(
     """
     decay_used, beta_used = _used(rule, decay, beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    batch, length = q.shape[:2]
-    spans = [slice(start, start + SEGMENT) for start in range(0, length, SEGMENT)]
+    batch, length, heads, _ = q.shape
+    spans = [slice(start, start + SEGMENT) for start in range(0, length if batch * heads else 0, SEGMENT)]
     starts = [_first_state(q, k, v, state)]
     dtype = starts[0].dtype
     for span in spans[:-1]:
@@ -93,14 +95,14 @@ def backward(
     inputs = (q, k, v, decay, beta)
     grads = [None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
     dstate = torch.zeros_like(starts[0]) if grad_state is None else grad_state.to(dtype).reshape(starts[0].shape)
-    for span, start in zip(reversed(spans), reversed(starts), strict=True):
+    for span, start in zip(reversed(spans), reversed(starts[: len(spans)]), strict=True):
         part = _load(q, k, v, decay_used, beta_used, span, scale, dtype)
         do = _chunked(grad[:, span], part.q.shape[2], dtype)
         *parts, dstate = _segment_backward(part, do, start, dstate)
         for whole, found in zip(grads, parts, strict=True):
             if whole is not None and found is not None:
                 whole[:, span] = _unload(found, batch, whole[:, span].shape[1]).reshape(whole[:, span].shape)
-    dfirst = None if state is None else dstate.view(state.shape).to(state.dtype)
+    dfirst = None if state is None else dstate.view(state.shape).to(state.dtype, copy=not spans)
     return *grads, dfirst
 
 
@@ -144,7 +146,7 @@ def _step(
         write = beta[:, 0, :, None].to(dtype) * (write - held)
     state = state + key[..., None] * write[..., None, :]
     o = (query[..., None, :] * scale) @ state
-    return o.transpose(1, 2).to(v.dtype), state
+    return o.transpose(1, 2).to(output_dtype("linear" if beta is None else "delta", v)), state
 
 
 class _HeadDecay:
@@ -241,6 +243,11 @@ class _Solved(NamedTuple):
 
 def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def output_dtype(rule: str, v: Tensor) -> torch.dtype:
+    """v's, but fp32 for sums of fp16 values that no delta rule bounds: they grow with the length, beyond what fp16 can say."""
+    return torch.float32 if v.dtype == torch.float16 and rule not in DELTA_RULES else v.dtype
 
 
 def _used(rule: str, decay: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -75,6 +75,7 @@ class Call(NamedTuple):
             return cls(q, k, v, decay, beta, scale, l2_norm, Cut.of(q, values, segment), None, None, None)
         if q.shape[0] != 1:
             raise ValueError(f"cu_seqlens needs one packed sequence, B = 1; found B = {q.shape[0]}")
+        _check_documents(cu_seqlens, q.shape[1])
         cut = Cut.packed(q, values, cu_seqlens.numel() - 1, segment)
         return cls(q, k, v, decay, beta, scale, l2_norm, cut, *_tables(cu_seqlens, cut))
 
@@ -190,6 +191,18 @@ def tiles(x: Tensor, width: int) -> TensorDescriptor:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _check_documents(cu_seqlens: Tensor, length: int) -> None:
+    """Numbers are looked at where that is no wait: on a card wrong ones are not specified."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 of shape [documents + 1], found {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, found {ends}")
 
 
 def _processors(device: torch.device) -> int:

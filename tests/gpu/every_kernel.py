@@ -5,8 +5,11 @@ Give it `PYTORCH_NO_CUDA_MEMORY_CACHING=1`, so that each tensor is an allocation
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
+from hydrasurgery import ops
 from hydrasurgery.bench.cases import DECODE, FUSION_BACKWARD, Layer
 from hydrasurgery.kernels.attention import triton as attention
 from hydrasurgery.kernels.causal_conv import triton as conv
@@ -34,12 +37,13 @@ def linear_attention_in_training() -> None:
     linear.backward(torch.randn_like(o), torch.randn_like(state), **given, kept=kept)
 
 
-def causal_conv(dtype: torch.dtype, reset: bool) -> None:
+def causal_conv(dtype: torch.dtype, reset: bool, padding: bool) -> None:
     x, weight = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((2, 70, 48), (48, 4)))
     state = None if reset else torch.randn(2, 48, 3, device="cuda", dtype=dtype)
     starts = torch.rand(2, 70, device="cuda") < 0.1 if reset else None
-    y, tail = conv.forward(x, weight, state, starts)
-    conv.backward(torch.randn_like(y), torch.randn_like(tail), x, weight, state, starts)
+    previous = ops.previous_tokens(torch.rand(2, 70, device="cuda") < 0.7, x) if padding else None
+    y, tail = conv.forward(x, weight, state, starts, previous)
+    conv.backward(torch.randn_like(y), torch.randn_like(tail), x, weight, state, starts, previous)
 
 
 def attention_of_one_query(dtype: torch.dtype) -> None:
@@ -62,8 +66,8 @@ def main() -> None:
     linear_attention(torch.bfloat16, 128, 128, cu_seqlens=documents, l2_norm=True)
     linear_attention(torch.float32, 64, 64, segment=128)
     for dtype in (torch.bfloat16, torch.float32):
-        for reset in (False, True):
-            causal_conv(dtype, reset)
+        for reset, padding in product((False, True), (False, True)):
+            causal_conv(dtype, reset, padding)
         attention_of_one_query(dtype)
         given = FUSION_BACKWARD.inputs(SMALL, 37, device, dtype)
         grad = given.pop("grad")
