@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hydrasurgery as hs
-from hydrasurgery.decoders import takes
+from hydrasurgery.decoders import understands
 from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.plan import LayerPlan, Plan
 from tests.families import same, stir
@@ -38,6 +38,8 @@ CONVERTS, REFUSED, FAILS = "converts", "refused", "FAILS"
 IDS = torch.arange(3, 27).view(2, 12)
 PADS = 3
 BOUND = 1e-5  # of the largest logit, in float64: norms and rotary embeddings of many models compute in float32
+
+ROUNDING = 2e-6  # of the largest logit, in float32
 
 
 @dataclass
@@ -104,7 +106,7 @@ def plan_of(teacher: nn.Module) -> Any:
 
 def exact(teacher: nn.Module, stitched: nn.Module) -> str:
     """Without a linear head the numbers are the teacher's: whole, left-padded, and token by token over a cache."""
-    ids, mask = _left_padded()
+    ids, mask = _left_padded(teacher)
     for how, call in {
         "whole": lambda model: run(model, IDS),
         "left-padded": lambda model: run(model, ids, attention_mask=mask)[:, PADS:],
@@ -116,7 +118,8 @@ def exact(teacher: nn.Module, stitched: nn.Module) -> str:
             if got != expected:
                 return f"{how}: {got if isinstance(got, str) else 'runs'}, teacher {expected if isinstance(expected, str) else 'runs'}"
         elif not same(got, expected):
-            return f"{how}: differs by {distance(got, expected):.1e}"
+            gap = distance(got, expected)
+            return f"{'as rounding, ' if gap < ROUNDING else ''}{how}: differs by {gap:.1e}"
     return ""
 
 
@@ -143,8 +146,13 @@ def cached(teacher: nn.Module, hybrid: nn.Module) -> str:
 
 def padded(teacher: nn.Module, hybrid: nn.Module) -> str:
     """Padding on the left changes nothing."""
-    ids, mask = _left_padded()
-    return compared(lambda model: (run(model, ids, attention_mask=mask)[:, PADS:], run(model, IDS)), hybrid, teacher)
+    ids, mask = _left_padded(hybrid)
+    whole = torch.ones_like(IDS)
+
+    def both(model: nn.Module) -> tuple[Tensor, Tensor]:
+        return run(model, ids, attention_mask=mask)[:, PADS:], run(model, IDS, attention_mask=whole)
+
+    return compared(both, hybrid, teacher)
 
 
 def saved(teacher: nn.Module, hybrid: nn.Module) -> str:
@@ -179,7 +187,7 @@ def attempt(call: Any, model: nn.Module) -> Any:
 @torch.no_grad()
 def run(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
     """Logits [B, T, vocabulary], without a cache; the first token that is not padding stands at 0."""
-    if "attention_mask" in options and takes(model, "position_ids"):
+    if "attention_mask" in options and understands(model, "position_ids"):
         options["position_ids"] = (options["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return model(input_ids=ids, use_cache=False, **options).logits
 
@@ -201,8 +209,9 @@ def in_pieces(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _left_padded() -> tuple[Tensor, Tensor]:
-    ids = torch.cat([torch.full((2, PADS), 90), IDS], dim=1)
+def _left_padded(model: Any) -> tuple[Tensor, Tensor]:
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = torch.cat([torch.full((2, PADS), 90 if pad is None else pad), IDS], dim=1)
     mask = torch.ones_like(ids)
     mask[:, :PADS] = 0
     return ids, mask
