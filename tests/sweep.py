@@ -115,8 +115,8 @@ def exact(teacher: nn.Module, stitched: nn.Module) -> str:
         expected = attempt(call, teacher)
         got = attempt(call, stitched)
         if isinstance(expected, str) or isinstance(got, str):
-            if got != expected:
-                return f"{how}: {got if isinstance(got, str) else 'runs'}, teacher {expected if isinstance(expected, str) else 'runs'}"
+            if not (isinstance(expected, str) and isinstance(got, str)):
+                return f"{how}: one runs and the other does not: {got if isinstance(got, str) else expected}"
         elif not same(got, expected):
             gap = distance(got, expected)
             return f"{'as rounding, ' if gap < ROUNDING else ''}{how}: differs by {gap:.1e}"
@@ -193,16 +193,16 @@ def run(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
 
 
 @torch.no_grad()
-def in_pieces(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:
-    """Logits [B, T, vocabulary] of IDS, so many tokens at a time, over the model's own cache."""
+def in_pieces(model: nn.Module, sizes: tuple[int, ...], ids: Tensor = IDS) -> Tensor:
+    """Logits [B, T, vocabulary], so many tokens at a time, over the model's own cache."""
     cache, parts = None, []
-    for piece in IDS.split(sizes, dim=1):
+    for piece in ids.split(sizes, dim=1):
         seen = sum(part.shape[1] for part in parts) + piece.shape[1]
         out = model(
             input_ids=piece,
             past_key_values=cache,
             use_cache=True,
-            attention_mask=torch.ones(len(IDS), seen, dtype=torch.long),
+            attention_mask=torch.ones(len(ids), seen, dtype=torch.long),
         )
         cache = out.past_key_values
         parts.append(out.logits)
@@ -249,6 +249,39 @@ def _report(name: str, sender: Any) -> None:
     sender.send(examine(name))
 
 
+def page(rows: list[Row]) -> str:
+    """docs/models.md."""
+    counts = Counter(row.verdict for row in rows)
+    lines = [
+        "# Which models convert",
+        "",
+        f"Of the {len(rows)} causal language model types of transformers {transformers.__version__}, {counts[CONVERTS]} convert and "
+        f"{counts[REFUSED]} are refused at `capture`, before any work. `python -m tests.sweep` makes each type tiny, with random weights "
+        "and a layer of every kind, runs it on a CPU and writes this page. A type converts if",
+        "",
+        "- with every head left as it is, the logits are the teacher's bit for bit: whole, left-padded, and token by token over a cache;",
+        "- with half the heads linear, in float64: no token sees a later one; decoding over a cache, one token or several at a time, gives "
+        "what the whole sequence gives; padding on the left changes nothing; a saved hybrid comes back bit for bit.",
+        "",
+        "Where a teacher does not hold to one of these itself, the table says so: its hybrid was not asked for more. Types that can be "
+        "encoders are examined with `is_decoder=True`; set to attend in both directions, any type is refused. A type that reads "
+        "images or sound is examined on text.",
+        "",
+        "| type | class | verdict | remarks |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.model_type):
+        remarks = row.reason or "; ".join(_remark(name, found) for name, found in row.checks.items() if found)
+        cells = (row.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.model_type], row.verdict, remarks)
+        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _remark(check: str, found: str) -> str:
+    why, _, how = found.partition(": " if check != "exact" else ", ")
+    return f"equal to rounding ({how})" if check == "exact" else f"{check}: {why.replace('as', 'no, nor', 1)} ({how})"
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="Which causal language models convert.")
@@ -262,6 +295,8 @@ def main() -> int:
         print(f"{number:3} {row.model_type:28} {row.verdict:9} {row.reason or notes}", flush=True)
     counts = Counter(row.verdict for row in rows)
     print(f"{len(rows)} types: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in (CONVERTS, REFUSED, FAILS)))
+    if not given.only and not counts[FAILS]:
+        PAGE.write_text(page(rows), encoding="utf-8")
     return int(counts[FAILS] > 0)
 
 
