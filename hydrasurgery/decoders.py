@@ -76,6 +76,19 @@ def takes(model: nn.Module, option: str) -> bool:
     return option in inspect.signature(model.forward).parameters
 
 
+def understands(model: nn.Module, option: str) -> bool:
+    """Whether an option may be given: `forward` names it, or takes any and is that of a transformers model.
+
+    Example:
+        >>> from transformers import Qwen3ForCausalLM
+        >>> understands(Qwen3ForCausalLM, "position_ids"), understands(nn.Linear(2, 2), "position_ids")
+        (True, False)
+    """
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return option in parameters or (anything and hasattr(model, "config"))
+
+
 def run_model(model: nn.Module, input_ids: Tensor, **options: Any) -> Any:
     """Call a decoder on `input_ids` [B, T] on its own device, without a cache where it knows of one.
 
@@ -92,7 +105,7 @@ def run_model(model: nn.Module, input_ids: Tensor, **options: Any) -> Any:
         >>> run_model(model, torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 5, len(tokenizer))
         True
     """
-    if _understands(model, "use_cache"):
+    if understands(model, "use_cache"):
         options = {"use_cache": False, **options}
     return model(input_ids.to(_device(model, input_ids)), **options)
 
@@ -114,7 +127,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, positions: Tensor, position_i
         True
     """
     wanted = {"position_ids": position_ids, "logits_to_keep": positions.to(_device(model, input_ids))}
-    options = {name: value for name, value in wanted.items() if value is not None and _understands(model, name)}
+    options = {name: value for name, value in wanted.items() if value is not None and understands(model, name)}
     out = run_model(model, input_ids, **options)
     logits = out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
     return logits if logits.shape[1] == len(positions) else logits[:, positions.to(logits.device)]
@@ -188,10 +201,3 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def _device(model: nn.Module, input_ids: Tensor) -> torch.device:
     """Where the model's parameters are; where the tokens are for a model without any."""
     return next((parameter.device for parameter in model.parameters()), input_ids.device)
-
-
-def _understands(model: nn.Module, option: str) -> bool:
-    """Whether an option may be given: `forward` names it, or takes any and is that of a transformers model."""
-    parameters = inspect.signature(model.forward).parameters
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return option in parameters or (anything and hasattr(model, "config"))

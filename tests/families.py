@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import hydrasurgery as hs
+
 FAMILIES = """
 llama qwen2 qwen3 mistral ministral mixtral olmo2 olmo3 phi phi3 gemma2 gemma3_text gpt2 gpt_neox opt cohere cohere2
 granite smollm3 starcoder2 glm4 stablelm helium nemotron exaone4 hunyuan_v1_dense seed_oss apertus nanochat ernie4_5
@@ -67,6 +69,16 @@ def tiny(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
         for parameter in model.parameters():  # away from the symmetric start (unit norms, zero biases)
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+def stir(hybrid: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+    """Move what the surgery added away from its neutral start, so that every new parameter matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in hs.region_modules(hybrid).values():
+            for parameter in module.hydra.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return hybrid
 
 
 class FusedAttention(nn.Module):

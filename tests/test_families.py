@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import hydrasurgery as hs
 from hydrasurgery.plan import LayerPlan, Plan
-from tests.families import FAMILIES, PLAIN, PlainDecoder, same, tiny
+from tests.families import FAMILIES, PLAIN, PlainDecoder, same, stir, tiny
 
 HYBRIDS = """
 llama qwen2 qwen3 mistral mixtral olmo2 phi phi3 gemma2 gemma3_text gpt2 gpt_neox cohere2 granite smollm3 glm4 exaone4 opt
@@ -34,16 +34,6 @@ def half_plan(model: torch.nn.Module, kinds: tuple[str, ...] = ("full", "linear"
         for r in hs.capture(model)
     ]
     return Plan(layers=tuple(layers), unit="head", strategy="given", min_full_per_layer=min(1, kinds.count("full")))
-
-
-def stir(hybrid: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """Move what the surgery added away from its neutral start, so that every new parameter matters."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in hs.region_modules(hybrid).values():
-            for parameter in module.hydra.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return hybrid
 
 
 @functools.cache

@@ -193,6 +193,7 @@ def trace(model: Any, cache: bool = True) -> Traced:
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise UnsupportedModelError(f"{type(model).__name__}: only Hugging Face decoders can be exported")
     refuse_known(model)
+    _check_positions(model)
     with exportable(model):
         slots = find_slots(model) if cache else None
         decoder = StatefulDecoder(model, slots).eval()
@@ -200,6 +201,17 @@ def trace(model: Any, cache: bool = True) -> Traced:
         program = _export(type(model).__name__, decoder, arguments, shapes)
     _check_attention(model, program)
     return Traced(program, slots)
+
+
+def _check_positions(model: nn.Module) -> None:
+    """One program serves all lengths: it cannot make other frequencies of rotation when a sequence grows."""
+    for name, module in model.named_modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        if any("dynamic" in str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
+            raise ExportError(
+                f"{name} of {type(model).__name__} computes its rotary frequencies anew as sequences grow (rope_type 'dynamic'), which "
+                "a program for every length cannot; load the model with other rope_parameters ('linear' or 'yarn')"
+            )
 
 
 def _example(slots: tuple[Slot, ...] | None, device: torch.device) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

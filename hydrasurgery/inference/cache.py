@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from hydrasurgery.errors import UnsupportedModelError
 
@@ -195,6 +201,7 @@ def layer_state(cache: Any, module: nn.Module) -> States | None:
     """
     if cache is None:
         return None
+    cache = getattr(cache, "self_attention_cache", cache)  # an encoder-decoder's is two in one
     index: int = module.layer_idx  # type: ignore[assignment]
     while len(cache.layers) <= index:
         cache.layers.append(HybridLayer())
@@ -204,13 +211,26 @@ def layer_state(cache: Any, module: nn.Module) -> States | None:
             raise UnsupportedModelError(
                 f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one"
             )
-        if type(layer) not in _OURS:
+        if not replaceable(layer):
             raise UnsupportedModelError(
                 f"layer {index}: the model keeps a {type(layer).__name__} there, whose states a hybrid cannot replace; "
                 "models with state-space or linear layers of their own run without a cache only (use_cache=False)"
             )
         layer = cache.layers[index] = _OURS[type(layer)](layer)
     return layer
+
+
+def replaceable(layer: Any) -> bool:
+    """Whether a hybrid's layer can take the place of this one of transformers."""
+    return type(layer) in _OURS
+
+
+def own_layers(config: Any) -> list[Any]:
+    """The layers of the cache that transformers makes for a model of this config; empty where it tells none in advance."""
+    try:
+        return list(DynamicCache(config=config).layers)
+    except Exception:  # a config without the fields that say so
+        return []
 
 
 _OURS: dict[type, Callable[[Any], States]] = {

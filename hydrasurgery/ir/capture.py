@@ -13,14 +13,16 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from hydrasurgery.decoders import evaluating
+from hydrasurgery.decoders import evaluating, takes
 from hydrasurgery.dialect.names import ATTENTION
 from hydrasurgery.errors import UnsupportedModelError
+from hydrasurgery.inference.cache import own_layers, replaceable
 from hydrasurgery.ir.interface import refuse_known, using_hydra_attention
-from hydrasurgery.ir.outline import BATCH, CACHE_ARGUMENTS, LENGTH, free_dtype, outline
+from hydrasurgery.ir.outline import BATCH, CACHE_ARGUMENTS, LENGTH, free_device, free_dtype, outline
 from hydrasurgery.ir.raising import raise_attention
 from hydrasurgery.ir.region import Inputs, Region, RegionModule
 from hydrasurgery.ir.stitch import region_modules
+from hydrasurgery.ir.trials import try_out
 from hydrasurgery.quantized import blaming_quantization
 
 
@@ -57,11 +59,16 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
         for name, owner, args, kwargs in watch.attention:
             kwargs = _plain_call(owner, args, kwargs)
             key = _shape_key(owner, kwargs)
-            if key not in cuts:
+            first = key not in cuts
+            if first:
                 cuts[key] = _export(name, owner, kwargs)
                 raise_attention(name, cuts[key][0])
                 free_dtype(cuts[key][0])
+                free_device(cuts[key][0])
             regions.append(_region(name, owner, *cuts[key]))
+            if first:
+                try_out(regions[-1], owner, kwargs)
+        _check_cache(model, regions)
     return regions
 
 
@@ -137,7 +144,8 @@ def _run_once(model: nn.Module, example: Any) -> _Watch:
     if example is not None:
         attempts = [example if isinstance(example, dict) else {"input": example}]
     else:
-        attempts = [_tiny_input(model, two_dimensional) for two_dimensional in (False, True)]
+        empty = next(model.parameters()).is_meta  # masks of two dimensions are looked into, which has no values then
+        attempts = [_tiny_input(model, two_dimensional) for two_dimensional in (not empty, empty)]
     failure: Exception | None = None
     for inputs in attempts:
         try:
@@ -162,7 +170,8 @@ def _run_twin(model: nn.Module, example: Any) -> _Watch:
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
             tensor.zero_()
-    watch = _run_once(twin, example)
+    with torch.device("cpu"):  # a loader may make new tensors without values
+        watch = _run_once(twin, example)
     watch.attention = [
         (name, model.get_submodule(name), *pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs)))
         for name, _, args, kwargs in watch.attention
@@ -187,7 +196,32 @@ def _check_owners(model: nn.Module, watch: _Watch) -> None:
     all_owners = [name for name, module in model.named_modules() if type(module) in kinds]
     missing = sorted(set(all_owners) - set(names))
     if missing:
-        raise UnsupportedModelError(f"{missing[0]} is an attention module but made no attention call in a forward pass")
+        raise UnsupportedModelError(
+            f"{missing[0]} is an attention module that makes no attention call when the model reads tokens alone (cross attention?): "
+            "not supported"
+        )
+
+
+def _check_cache(model: nn.Module, regions: list[Region]) -> None:
+    """Every region must have a layer of the model's cache to itself, and one that a hybrid's can take the place of."""
+    if not hasattr(model, "config") or not (takes(model, "past_key_values") or takes(model, "use_cache")):
+        return
+    own = own_layers(model.config)
+    seen: dict[int, str] = {}
+    for region in regions:
+        if region.inputs.cache is None:
+            raise UnsupportedModelError(
+                f"{region.name} takes no cache, though the model has one: what it keeps of earlier tokens is not known"
+            )
+        index: int = region.module.layer_idx  # type: ignore[assignment]
+        if index in seen:
+            raise UnsupportedModelError(f"{region.name} and {seen[index]} are both layer {index} of the cache")
+        seen[index] = region.name
+        if index < len(own) and not replaceable(own[index]):
+            raise UnsupportedModelError(
+                f"{region.name}: the model keeps a {type(own[index]).__name__} there, attention and other states in one, which a hybrid "
+                "cannot replace"
+            )
 
 
 def _plain_call(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -239,8 +273,9 @@ def _export(name: str, owner: nn.Module, kwargs: dict[str, Any]) -> tuple[fx.Gra
             shapes = sizes.dynamic_shapes(root, (kwargs,))
             program = torch.export.export(root, (kwargs,), strict=False, dynamic_shapes=shapes)
     except Exception as error:
-        raise UnsupportedModelError(f"{name} ({type(owner).__name__}) cannot be exported: {error}") from error
-    return outline(owner, program, kwargs)
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(f"{name} ({type(owner).__name__}) cannot be exported: {reason}") from error
+    return outline(name, owner, program, kwargs)
 
 
 def _region(name: str, owner: nn.Module, graph: fx.Graph, inputs: Inputs) -> Region:

@@ -79,11 +79,17 @@ def refuse_known(model: nn.Module) -> None:
             f"{name}: its attention adds ALiBi position biases and bypasses the attention interface; "
             "choose a model with rotary or learned positions"
         )
-    if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedModelError(
-            f"{name}: latent KV attention (MLA, kv_lora_rank={text.kv_lora_rank}) has no heads to cut"
-        )
-    if getattr(text, "num_kv_shared_layers", 0) or text.model_type.startswith(("gemma3n", "gemma4")):
+    if rank := _setting(text, "kv_lora_rank"):
+        raise UnsupportedModelError(f"{name}: latent KV attention (MLA, kv_lora_rank={rank}) has no heads to cut")
+    if _setting(text, "num_kv_shared_layers") or text.model_type.startswith(("gemma3n", "gemma4")):
         raise UnsupportedModelError(
             f"{name}: layers share one KV cache (num_kv_shared_layers); a head cannot be cut out of one layer"
         )
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A field of a config, of its first layer where layers may differ in it; None without it."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' own, which says that there is a value for each layer
+        return getattr(config.per_layer_config[0], name, None)

@@ -18,18 +18,20 @@ CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 BATCH, LENGTH = 2, 11  # of the exported call; any dimension of an argument with such a size is dynamic
 
 
-def outline(owner: nn.Module, program: torch.export.ExportedProgram, kwargs: dict[str, Any]) -> tuple[fx.Graph, Inputs]:
+def outline(
+    name: str, owner: nn.Module, program: torch.export.ExportedProgram, kwargs: dict[str, Any]
+) -> tuple[fx.Graph, Inputs]:
     """The exported graph with every child's nodes folded into one call of that child."""
     signature = program.graph_signature
     attributes = {
-        name: target.removeprefix("owner.")
-        for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
+        key: target.removeprefix("owner.")
+        for key, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
     }
     constants = {**signature.inputs_to_lifted_tensor_constants}
     leaves = pytree.tree_flatten_with_path(kwargs)[0]
     user_inputs = iter(leaves)
     nodes = [n for n in program.graph.nodes if not _is_assertion(n)]
-    groups = _fold(nodes)
+    groups = _fold(owner, nodes)
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     paths: list[tuple[str, tuple[str | int, ...]]] = []
     source: fx.Node | None = None
@@ -40,7 +42,7 @@ def outline(owner: nn.Module, program: torch.export.ExportedProgram, kwargs: dic
                 continue  # made where it is used
             if node.name in constants:
                 raise UnsupportedModelError(
-                    f"{type(owner).__name__} holds a tensor constant in its forward: {node.name}"
+                    f"{name} ({type(owner).__name__}) holds a tensor constant in its forward: {node.name}"
                 )
             path, leaf = next(user_inputs)
             if isinstance(leaf, Tensor):
@@ -87,7 +89,9 @@ def outline(owner: nn.Module, program: torch.export.ExportedProgram, kwargs: dic
     named = [p.name for p in inspect.signature(owner.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     cache = next((n for n in (*named, *kwargs) if n in CACHE_ARGUMENTS), None)
     if source is None:
-        raise UnsupportedModelError(f"{type(owner).__name__} takes no hidden states [batch, length, channels]")
+        raise UnsupportedModelError(
+            f"{name} ({type(owner).__name__}) takes no hidden states [batch, length, channels] of the tokens that it is given"
+        )
     return graph, Inputs(tuple(named), tuple(paths), cache)
 
 
@@ -118,8 +122,8 @@ class _Call:
     result: fx.Node
 
 
-def _fold(nodes: list[fx.Node]) -> dict[fx.Node, _Call]:
-    """Each node inside a child of one tensor in, one tensor out -> that child's call. Other children stay inline."""
+def _fold(owner: nn.Module, nodes: list[fx.Node]) -> dict[fx.Node, _Call]:
+    """Each node inside a child of one argument, a tensor, and one tensor out -> that child's call. Other children stay inline."""
     members: dict[str, list[fx.Node]] = {}
     names: dict[str, str] = {}
     for node in nodes:
@@ -137,9 +141,15 @@ def _fold(nodes: list[fx.Node]) -> dict[fx.Node, _Call]:
             if u not in own and isinstance(u.meta.get("val"), Tensor) and not _is_parameter(u)
         }
         results = [n for n in inside if any(u not in own and not _is_assertion(u) for u in n.users)]
-        if len(outside) == 1 and len(results) == 1:
+        if len(outside) == 1 and len(results) == 1 and _takes_one(owner.get_submodule(names[key])):
             folded.update(dict.fromkeys(inside, _Call(names[key], next(iter(outside)), results[0])))
     return folded
+
+
+def _takes_one(child: nn.Module) -> bool:
+    """Whether one argument is enough for a call."""
+    needed = [p for p in inspect.signature(child.forward).parameters.values() if p.default is p.empty]
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in needed) <= 1
 
 
 def _is_parameter(node: fx.Node) -> bool:
@@ -176,3 +186,17 @@ def free_dtype(graph: fx.Graph) -> None:
         dtype.meta["shape"] = ()
         for cast in casts:
             cast.update_arg(1, dtype)
+
+
+def free_device(graph: fx.Graph) -> None:
+    """Make new tensors where the hidden states are, which need not be the device of the capture."""
+    source = next(n for n in graph.nodes if n.meta.get("role") == HIDDEN)
+    device: fx.Node | None = None
+    for node in list(graph.nodes):
+        if not any(isinstance(x, torch.device) for x in pytree.tree_leaves((node.args, node.kwargs))):
+            continue
+        if device is None:
+            with graph.inserting_after(source):
+                device = graph.call_function(getattr, (source, "device"))
+            device.meta["shape"] = ()
+        node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
