@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hydrasurgery.errors import CheckpointError, HydraError, PipelineError, UnsupportedModelError
+from hydrasurgery.inference.limits import free_generation, limit_generation
 from hydrasurgery.ir.stitch import region_modules, regions
 from hydrasurgery.passes import parse
 from hydrasurgery.plan import Plan
@@ -49,6 +50,7 @@ class HydraSurgeon(HfQuantizer):
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint's surgery does not fit it: {error}"
             ) from error
+        limit_generation(model)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -86,6 +88,11 @@ class HydraSurgeon(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` with a static cache compiles the decode step, as it does the teacher's."""
+        return True
+
 
 def record_passes(model: nn.Module, surgery: Any) -> None:
     """Add the passes that ran over a hybrid's regions since the rewrite to the pipeline of its config.
@@ -119,6 +126,7 @@ def mark(hybrid: Any, plan: Plan, pipeline: str) -> None:
     surgery = HydraConfig(json.loads(plan.to_json()), pipeline)
     hybrid.config.quantization_config = surgery
     hybrid.hf_quantizer = HydraSurgeon(surgery, pre_quantized=True)
+    limit_generation(hybrid)
 
 
 def unmark(model: Any) -> None:
@@ -127,3 +135,4 @@ def unmark(model: Any) -> None:
     if isinstance(getattr(config, "quantization_config", None), HydraConfig):
         del config.quantization_config
         model.hf_quantizer = None
+        free_generation(model)

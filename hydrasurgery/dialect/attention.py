@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import exact, expect, fake, fake_or_empty, full_precision, or_empty, save
+from hydrasurgery.dialect.checks import (
+    DERIVATIVES,
+    exact,
+    expect,
+    fake,
+    fake_or_empty,
+    full_precision,
+    or_empty,
+    refuse_tangents,
+    refuse_transforms,
+    save,
+)
 from hydrasurgery.kernels import registry
 
 
@@ -65,6 +76,7 @@ def attention(
         raise ValueError(f"window must be at least 1, found {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, found {softcap}")
+    refuse_transforms("hydra::attention", *DERIVATIVES)
     return torch.ops.hydra.attention.default(
         q, k, v, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap
     )
@@ -92,6 +104,7 @@ _ATTENTION_OPTIONS = "float? scale=None, bool causal=True, int? window=None, flo
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
 )
 def _attention(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    refuse_tangents(q, k, v, sinks)
     options = {"causal": causal, "window": window, "softcap": softcap}
     case = registry.attention_case("forward", q, k, v, mask, sinks, **options)
     with full_precision(q):

@@ -7,7 +7,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import exact, expect, fake, fake_or_empty, full_precision, given, or_empty, save
+from hydrasurgery.dialect.checks import (
+    DERIVATIVES,
+    exact,
+    expect,
+    fake,
+    fake_or_empty,
+    full_precision,
+    given,
+    or_empty,
+    refuse_tangents,
+    refuse_transforms,
+    save,
+)
 from hydrasurgery.kernels import registry
 from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES
 
@@ -80,6 +92,7 @@ def linear_attention(
         expect("beta", beta, (batch, length, heads))
     if state is not None:
         expect("state", state, (batch, heads, channels, v.shape[-1]))
+    refuse_transforms("hydra::linear_attention", *DERIVATIVES)
     return torch.ops.hydra.linear_attention.default(q, k, v, decay, beta, state, rule=rule, scale=scale)
 
 
@@ -102,6 +115,7 @@ _OPTIONS = 'str rule="gated_delta", float? scale=None'
 @torch._disable_dynamo  # as custom_op does with its kernels; torch.compiler.disable would import all of dynamo
 def _run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
+    refuse_tangents(q, k, v, decay, beta, state)
     case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule)
     forward = registry.kernel("linear_attention", case, q.device).forward
     with full_precision(q):

@@ -21,8 +21,10 @@ from hydrasurgery.ir.outline import BATCH, CACHE_ARGUMENTS, LENGTH, free_dtype, 
 from hydrasurgery.ir.raising import raise_attention
 from hydrasurgery.ir.region import Inputs, Region, RegionModule
 from hydrasurgery.ir.stitch import region_modules
+from hydrasurgery.ir.turns import in_turn
 
 
+@in_turn
 def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
     """Cut out every attention module of `model` as a region; `model` itself is left as it was.
 
