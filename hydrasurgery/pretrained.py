@@ -12,12 +12,12 @@ import functools
 import importlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hydrasurgery.errors import CheckpointError, HydraError, PipelineError
+from hydrasurgery.errors import CheckpointError, HydraError, PipelineError, UnsupportedModelError
 from hydrasurgery.ir.region import RegionModule
 from hydrasurgery.ir.stitch import region_modules, regions
 from hydrasurgery.passes import parse
@@ -105,6 +105,17 @@ class HybridModel:
         for module in region_modules(model).values():
             module._original = (None,)  # type: ignore[assignment]  # it holds tensors of the empty model
         return (model, report) if output_loading_info else model
+
+    _is_stateful = (
+        True  # transformers' word for models that cannot take tokens back, and so have no assisted generation
+    )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: what `generate_batch` and `cache_implementation="paged"` call before they compute anything."""
+        raise UnsupportedModelError(
+            f"{type(self).__name__}: a hybrid's recurrent states have no pages, so there is no continuous batching "
+            "(generate_batch, cache_implementation='paged'); call generate with a padded batch"
+        )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         record_passes(self)

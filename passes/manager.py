@@ -13,6 +13,7 @@ from hydrasurgery.errors import HydraError, PassError
 from hydrasurgery.files import atomic_write_text
 from hydrasurgery.ir.region import Region
 from hydrasurgery.ir.text import MEANING, format_graph
+from hydrasurgery.ir.turns import in_turn
 from hydrasurgery.passes.base import Pass
 from hydrasurgery.passes.numerics import compare, run_random
 from hydrasurgery.passes.pipeline import parse
@@ -20,6 +21,7 @@ from hydrasurgery.passes.shapes import ShapeInference
 from hydrasurgery.passes.verify import Facts, verify
 
 
+@in_turn
 def run_pipeline(
     regions: Iterable[Region],
     passes: Iterable[Pass] | str,

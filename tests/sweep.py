@@ -65,9 +65,7 @@ def examine(model_type: str) -> Row:
         except UnsupportedModelError as error:
             row.verdict, row.reason = REFUSED, str(error)
             return row
-        row.checks.update(
-            {check.__name__: check(teacher, hybrid) for check in (linear, causal, cached, padded, saved)}
-        )
+        row.checks.update({check.__name__: check(teacher, hybrid) for check in (linear, causal, cached, padded, saved)})
     except Exception as error:
         row.reason = f"{type(error).__name__}: {error} ({traceback.extract_tb(error.__traceback__)[-1].name})"
         return row
@@ -165,7 +163,7 @@ def saved(teacher: nn.Module, hybrid: nn.Module) -> str:
 
 
 def compared(call: Any, hybrid: nn.Module, teacher: nn.Module | None = None, bound: float = BOUND) -> str:
-    """"" if the two results of `call` agree on the hybrid; "as the teacher" if they do not on the teacher either."""
+    """ "" if the two results of `call` agree on the hybrid; "as the teacher" if they do not on the teacher either."""
     got = attempt(call, hybrid)
     wrong = got if isinstance(got, str) else "" if (gap := distance(*got)) <= bound else f"differs by {gap:.1e}"
     if not wrong or teacher is None:
@@ -256,14 +254,18 @@ def page(rows: list[Row]) -> str:
         "# Which models convert",
         "",
         f"Of the {len(rows)} causal language model types of transformers {transformers.__version__}, {counts[CONVERTS]} convert and "
-        f"{counts[REFUSED]} are refused at `capture`, before any work. `python -m tests.sweep` makes each type tiny, with random weights "
+        f"{counts[REFUSED]} are refused at `capture`, before any work. `python -m tests.sweep` makes each type tiny, with "
+        "random weights "
         "and a layer of every kind, runs it on a CPU and writes this page. A type converts if",
         "",
-        "- with every head left as it is, the logits are the teacher's bit for bit: whole, left-padded, and token by token over a cache;",
-        "- with half the heads linear, in float64: no token sees a later one; decoding over a cache, one token or several at a time, gives "
+        "- with every head left as it is, the logits are the teacher's bit for bit: whole, left-padded, and token by token "
+        "over a cache;",
+        "- with half the heads linear, in float64: no token sees a later one; decoding over a cache, one token or several at a "
+        "time, gives "
         "what the whole sequence gives; padding on the left changes nothing; a saved hybrid comes back bit for bit.",
         "",
-        "Where a teacher does not hold to one of these itself, the table says so: its hybrid was not asked for more. Types that can be "
+        "Where a teacher does not hold to one of these itself, the table says so: its hybrid was not asked for more. Types that "
+        "can be "
         "encoders are examined with `is_decoder=True`; set to attend in both directions, any type is refused. A type that reads "
         "images or sound is examined on text.",
         "",

@@ -122,7 +122,9 @@ class Forking(Causal):
 
 
 def test_code_that_goes_another_way_is_found_by_trying() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"attention\.0 (was captured as something else|cannot be exported)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"attention\.0 (was captured as something else|cannot be exported)"
+    ):
         hs.capture(PlainDecoder(Forking))
 
 

@@ -46,7 +46,7 @@ def check_outputs(
         for path in paths:
             check(path)
     _check_apart([*single, *whole])
-    for name in filter(None, inputs):
+    for name in (given for given in inputs if given):
         for path in single:
             _check_input(path, name)
         for path in whole:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hydrasurgery.dialect.checks import (
+    DERIVATIVES,
     check_mask_dtype,
     exact,
     expect,
@@ -15,6 +16,8 @@ from hydrasurgery.dialect.checks import (
     fake_or_empty,
     full_precision,
     or_empty,
+    refuse_tangents,
+    refuse_transforms,
     save,
 )
 from hydrasurgery.kernels import registry
@@ -74,6 +77,7 @@ def attention(
         raise ValueError(f"window must be at least 1, found {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, found {softcap}")
+    refuse_transforms("hydra::attention", *DERIVATIVES)
     return torch.ops.hydra.attention.default(
         q, k, v, mask, sinks, scale=scale, causal=causal, window=window, softcap=softcap
     )
@@ -102,6 +106,7 @@ _ATTENTION_OPTIONS = "float? scale=None, bool causal=True, int? window=None, flo
 def _attention(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
     if mask is not None:
         check_mask_dtype(mask)
+    refuse_tangents(q, k, v, sinks)
     options = {"causal": causal, "window": window, "softcap": softcap}
     case = registry.attention_case("forward", q, k, v, mask, sinks, **options)
     with full_precision(q):

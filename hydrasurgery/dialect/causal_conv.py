@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import exact, expect, fake, fake_or_empty, full_precision, given, or_empty, save
+from hydrasurgery.dialect.checks import (
+    DERIVATIVES,
+    exact,
+    expect,
+    fake,
+    fake_or_empty,
+    full_precision,
+    given,
+    or_empty,
+    refuse_tangents,
+    refuse_transforms,
+    save,
+)
 from hydrasurgery.kernels import registry
 
 
@@ -51,6 +63,7 @@ def causal_conv(
         expect("previous", previous, (batch, length + 1))
         if previous.dtype != torch.int64:
             raise ValueError(f"previous must be int64, found {previous.dtype}")
+    refuse_transforms("hydra::causal_conv", *DERIVATIVES)
     return torch.ops.hydra.causal_conv.default(x, weight, state, reset, previous)
 
 
@@ -59,6 +72,7 @@ _CONV_INPUTS = "Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None,
 
 @torch.library.custom_op("hydra::causal_conv", mutates_args=(), schema=f"({_CONV_INPUTS}) -> (Tensor y, Tensor state)")
 def _causal_conv(x, weight, state=None, reset=None, previous=None):
+    refuse_tangents(x, weight, state)
     case = registry.causal_conv_case("forward", x, weight, state, reset, previous)
     with full_precision(x):
         y, tail = registry.kernel("causal_conv", case, x.device).forward(x, weight, state, reset, previous)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def expect(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -63,6 +64,40 @@ def full_precision(x: Tensor) -> Iterator[None]:
     lowered = torch.is_autocast_enabled(x.device.type)  # Asking takes less time than a block that changes nothing.
     with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext(), torch.cuda.device_of(x):
         yield
+
+
+def refuse_tangents(*inputs: Tensor | None) -> None:
+    """Kernels compute values and nothing else: PyTorch would drop the tangents of forward-mode differentiation without a word.
+
+    Raises:
+        NotImplementedError: an input has a tangent.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "hydra's operators have no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); use reverse mode: torch.autograd.grad or .backward()"
+        )
+
+
+DERIVATIVES = ("grad", "jvp")  # transforms of torch.func
+
+
+def refuse_transforms(name: str, *transforms: str) -> None:
+    """The operators have no rules for these, and below torch.func's wrappers kernels do not see that there is a tangent.
+
+    Raises:
+        NotImplementedError: one of `transforms` (vmap, grad, jvp) is active.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    active = {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    if found := sorted(active.intersection(transforms)):
+        raise NotImplementedError(
+            f"{name} does not run under torch.func's {' and '.join(found)}; torch.func.functional_call with "
+            "torch.autograd.grad does, sample by sample in a loop where vmap was meant"
+        )
 
 
 def save(ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hydrasurgery.dialect.checks import (
+    DERIVATIVES,
     exact,
     expect,
     expect_state,
@@ -15,6 +16,8 @@ from hydrasurgery.dialect.checks import (
     full_precision,
     given,
     or_empty,
+    refuse_tangents,
+    refuse_transforms,
     save,
 )
 from hydrasurgery.kernels import registry
@@ -93,6 +96,7 @@ def linear_attention(
     if state is not None:
         expect("state", state, (batch, heads, channels, v.shape[-1]))
         expect_state("state", state)
+    refuse_transforms("hydra::linear_attention", *DERIVATIVES)
     return torch.ops.hydra.linear_attention.default(q, k, v, decay, beta, state, rule=rule, scale=scale)
 
 
@@ -124,6 +128,7 @@ _OPTIONS = 'str rule="gated_delta", float? scale=None'
 def _run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
     _check_decay(decay)
+    refuse_tangents(q, k, v, decay, beta, state)
     case = registry.linear_attention_case("forward", q, k, v, decay, state, rule=rule)
     forward = registry.kernel("linear_attention", case, q.device).forward
     with full_precision(q):

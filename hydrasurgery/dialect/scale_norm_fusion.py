@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.checks import expect, fake_or_empty, full_precision, given, or_empty, save
+from hydrasurgery.dialect.checks import (
+    DERIVATIVES,
+    expect,
+    fake_or_empty,
+    full_precision,
+    given,
+    or_empty,
+    refuse_tangents,
+    refuse_transforms,
+    save,
+)
 from hydrasurgery.kernels import registry
 
 
@@ -63,6 +73,7 @@ def scale_norm_fusion(
     expect("gamma", gamma, (full + linear if norm_full else linear,))
     if gate is not None:
         expect("gate", gate, (batch, length, linear, 1 if gate.shape[-1:] == (1,) else dim))
+    refuse_transforms("hydra::scale_norm_fusion", *DERIVATIVES)
     return torch.ops.hydra.scale_norm_fusion.default(
         o_full, o_linear, gamma, gate, linear_heads=slots, norm_full=norm_full, eps=eps
     )
@@ -76,6 +87,7 @@ _FUSION_OPTIONS = "int[] linear_heads, bool norm_full=False, float eps=1e-6"
     "hydra::scale_norm_fusion", mutates_args=(), schema=f"({_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> Tensor"
 )
 def _scale_norm_fusion(o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=1e-6):
+    refuse_tangents(o_full, o_linear, gamma, gate)
     case = registry.scale_norm_fusion_case("forward", o_full, o_linear)
     forward = registry.kernel("scale_norm_fusion", case, gamma.device).forward
     with full_precision(gamma):

@@ -20,6 +20,7 @@ from hydrasurgery.decoders import evaluating, takes
 from hydrasurgery.errors import ExportError, UnsupportedModelError
 from hydrasurgery.inference.cache import HybridLayer
 from hydrasurgery.ir.interface import refuse_known, using_hydra_attention
+from hydrasurgery.ir.turns import in_turn
 
 GROWING = ("key", "value")  # states whose dimension 2 is the number of tokens seen; the others have a constant size
 BATCH, LENGTH, PAST = 3, 5, 7  # of the traced example: three sizes that no other dimension is taken for
@@ -183,6 +184,7 @@ def _has_experts(model: Any) -> bool:
     return getattr(model, "_can_set_experts_implementation", lambda: False)()
 
 
+@in_turn
 def trace(model: Any, cache: bool = True) -> Traced:
     """Export `model` with explicit states; any batch, length and past length (0 and 1 included) fit the program.
 
@@ -209,7 +211,8 @@ def _check_positions(model: nn.Module) -> None:
         kinds: Any = getattr(module, "rope_type", None)
         if any("dynamic" in str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
             raise ExportError(
-                f"{name} of {type(model).__name__} computes its rotary frequencies anew as sequences grow (rope_type 'dynamic'), which "
+                f"{name} of {type(model).__name__} computes its rotary frequencies anew as sequences grow (rope_type 'dynamic'), "
+                "which "
                 "a program for every length cannot; load the model with other rope_parameters ('linear' or 'yarn')"
             )
 

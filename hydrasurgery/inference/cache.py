@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
+    Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -31,13 +33,33 @@ class States:
 
     states: dict[str, Tensor]
     tokens: int
+    heads: Any = None  # the kind and number of each head whose states these are, once a region has met the layer
 
     def _begin(self) -> None:
         self.states, self.tokens = {}, 0
 
     def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, kept KV heads, T, D]; returns those that the columns of `mask` stand for."""
-        return self.update(key, value)  # type: ignore[attr-defined]
+        return self._append(key, value)
+
+    def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        held: tuple[Tensor, Tensor] = super().update(key, value)  # type: ignore[misc]
+        return held
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What other attention modules call: they would add keys to heads that are not theirs."""
+        raise UnsupportedModelError(
+            "the cache holds tokens that a hybrid has seen, and the model that reads it now is none; start a new cache"
+        )
+
+    def read(self, name: str) -> Tensor | None:
+        """The state called `name`, or None at the start; one that was made in inference mode is copied for use outside of it."""
+        state = self.states.get(name)
+        if state is None or torch.compiler.is_compiling():  # which cannot ask a tensor where it was made
+            return state
+        if state.is_inference() and not torch.is_inference_mode_enabled():
+            state = self.states[name] = state.clone()
+        return state
 
     def write(self, name: str, value: Tensor) -> None:
         """Keep `value` as the state called `name`."""
@@ -130,7 +152,7 @@ class HybridStaticLayer(States, StaticLayer):
 
     def extend(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         self._place(key.device)
-        held = self.update(key, value)
+        held = self._append(key, value)
         # transformers leaves the mask out only for the first tokens: they see no further than themselves.
         return (key, value) if mask is None else held
 
@@ -193,31 +215,60 @@ def _fixed(x: Tensor) -> Tensor:
     return x
 
 
-def layer_state(cache: Any, module: nn.Module) -> States | None:
+def layer_state(cache: Any, module: Any) -> States | None:
     """The cache layer of a region's module in `cache`, put in place on first use; None without a cache.
 
     Raises:
-        UnsupportedModelError: for a cache that holds tokens of another model, or states that a hybrid cannot replace.
+        UnsupportedModelError: for a cache that holds tokens of another model, or that a hybrid cannot fill.
     """
     if cache is None:
         return None
     cache = getattr(cache, "self_attention_cache", cache)  # an encoder-decoder's is two in one
-    index: int = module.layer_idx  # type: ignore[assignment]
+    _check_kind(cache)
+    index: int = module.layer_idx
     while len(cache.layers) <= index:
         cache.layers.append(HybridLayer())
     layer = cache.layers[index]
     if not isinstance(layer, States):
-        if layer.get_seq_length():
-            raise UnsupportedModelError(
-                f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one"
-            )
-        if not replaceable(layer):
-            raise UnsupportedModelError(
-                f"layer {index}: the model keeps a {type(layer).__name__} there, whose states a hybrid cannot replace; "
-                "models with state-space or linear layers of their own run without a cache only (use_cache=False)"
-            )
-        layer = cache.layers[index] = _OURS[type(layer)](layer)
+        layer = cache.layers[index] = _in_place_of(layer, index)
+    heads = (module.region.kinds, module.region.teacher_heads)
+    if layer.heads is None:
+        layer.heads = heads
+    elif layer.heads != heads:
+        raise UnsupportedModelError(
+            f"layer {index}: the cache holds tokens of a hybrid with other linear heads; start a new one"
+        )
     return layer
+
+
+def _check_kind(cache: Any) -> None:
+    name = type(cache).__name__
+    if not isinstance(cache, Cache):
+        raise UnsupportedModelError(
+            f"a {name} is no cache that a hybrid can fill; give a DynamicCache or a StaticCache"
+        )
+    if cache.offloading:
+        raise UnsupportedModelError(
+            f"the {name} offloads its layers, which a hybrid's layers cannot do; give one without offloading"
+        )
+
+
+def _in_place_of(layer: Any, index: int) -> States:
+    """Our layer for one of transformers' that has seen no token."""
+    kind = type(layer)
+    if kind not in _OURS:
+        why = (
+            "the model keeps it there, whose states a hybrid cannot replace; models with state-space or linear layers of their own "
+            "run without a cache only (use_cache=False)"
+            if isinstance(layer, LinearAttentionCacheLayerMixin)
+            else "a hybrid cannot fill it; give a DynamicCache or a StaticCache"
+        )
+        raise UnsupportedModelError(f"layer {index}: the cache has a {kind.__name__} there: {why}")
+    if layer.get_seq_length():
+        raise UnsupportedModelError(
+            f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one"
+        )
+    return _OURS[kind](layer)
 
 
 def replaceable(layer: Any) -> bool:

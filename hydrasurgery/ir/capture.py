@@ -23,9 +23,11 @@ from hydrasurgery.ir.raising import raise_attention
 from hydrasurgery.ir.region import Inputs, Region, RegionModule
 from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.ir.trials import try_out
+from hydrasurgery.ir.turns import in_turn
 from hydrasurgery.quantized import blaming_quantization
 
 
+@in_turn
 def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
     """Cut out every attention module of `model` as a region; `model` itself is left as it was.
 
@@ -197,7 +199,8 @@ def _check_owners(model: nn.Module, watch: _Watch) -> None:
     missing = sorted(set(all_owners) - set(names))
     if missing:
         raise UnsupportedModelError(
-            f"{missing[0]} is an attention module that makes no attention call when the model reads tokens alone (cross attention?): "
+            f"{missing[0]} is an attention module that makes no attention call when the model reads tokens only "
+            "(cross attention?): "
             "not supported"
         )
 
@@ -219,7 +222,8 @@ def _check_cache(model: nn.Module, regions: list[Region]) -> None:
         seen[index] = region.name
         if index < len(own) and not replaceable(own[index]):
             raise UnsupportedModelError(
-                f"{region.name}: the model keeps a {type(own[index]).__name__} there, attention and other states in one, which a hybrid "
+                f"{region.name}: the model keeps a {type(own[index]).__name__} there, attention and other states in one, "
+                "which a hybrid "
                 "cannot replace"
             )
 

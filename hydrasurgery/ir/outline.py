@@ -199,4 +199,6 @@ def free_device(graph: fx.Graph) -> None:
             with graph.inserting_after(source):
                 device = graph.call_function(getattr, (source, "device"))
             device.meta["shape"] = ()
-        node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+        node.args, node.kwargs = pytree.tree_map_only(
+            torch.device, lambda _, here=device: here, (node.args, node.kwargs)
+        )

@@ -37,7 +37,9 @@ def _check(name: str, graph: fx.Graph, node: fx.Node) -> None:
     if not isinstance(mask, fx.Node):
         return
     if any(n.meta.get("role") == HIDDEN for n in _tensors_above(mask)):
-        raise UnsupportedModelError(f"{name} computes its mask from the hidden states: which token sees which is not fixed")
+        raise UnsupportedModelError(
+            f"{name} computes its mask from the hidden states: which token sees which is not fixed"
+        )
     if (mask.meta.get("shape") or (1, 1))[1] != 1:
         raise UnsupportedModelError(f"{name} has a mask {list(mask.meta['shape'])} of its own for each head")
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hydrasurgery.dialect.checks import DERIVATIVES, refuse_transforms
 from hydrasurgery.dialect.names import FULL, KINDS, LINEAR
 from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.inference.cache import layer_state
+from hydrasurgery.ir.code import compiled
 from hydrasurgery.ir.text import MEANING, format_graph, parse_graph, show_options, unknown_functions
 
 HIDDEN = "hidden-states"  # the role of the input that everything is computed from
@@ -310,8 +312,8 @@ class RegionModule(nn.Module):
         self._inputs, self._threaded = region.inputs, region.threaded
         roles = [node.meta.get("role") for node in region.graph.nodes if node.op == "placeholder"]
         self._hidden = roles.index(HIDDEN) if HIDDEN in roles else 0
-        self._run = _compiled(region.graph)
-        self._run_decode = None if region.decode is None else _compiled(region.decode)
+        self._run = compiled(region.graph)
+        self._run_decode = None if region.decode is None else compiled(region.decode)
 
     def retake(self) -> None:
         """Compile what was unpickled, once both the region and the module are there."""
@@ -364,6 +366,10 @@ class RegionModule(nn.Module):
                 f"{self.region.name}: accelerate offloads its weights, which its graph reads in place; keep the hybrid whole, on "
                 "one device"
             )
+        if (
+            not torch.compiler.is_compiling()
+        ):  # a name that is read is one that equal layers are not compiled together for
+            refuse_transforms(f"{self.region.name} of a hybrid", "vmap", *DERIVATIVES)
         bound = self._inputs.bind(args, kwargs)
         values = self._inputs.flatten(bound)
         for (name, _), value in zip(self._inputs.paths, values, strict=True):
@@ -431,11 +437,3 @@ def _exporting() -> bool:
     if compiler.is_dynamo_compiling():
         return compiler._is_exporting_flag  # dynamo of PyTorch 2.11 takes `is_exporting()` to be True, whatever it is
     return compiler.is_compiling()
-
-
-def _compiled(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a function of the module and its inputs."""
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, "<region>", "exec"), namespace)
-    return namespace["forward"]

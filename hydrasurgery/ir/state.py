@@ -55,8 +55,9 @@ def step_linear(
     weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
     names = ("q_conv", "k_conv", "v_conv")[: len(weights)]
     for name in (*names, "recurrent"):
-        if not state.states[name].is_contiguous():
-            state.write(name, state.states[name].contiguous())
+        held = state.read(name)
+        if not held.is_contiguous():
+            state.write(name, held.contiguous())
     o = ops.decode_step(
         q[:, :, 0],
         k[:, :, 0],
@@ -83,7 +84,7 @@ def step_linear(
 
 def read_state(state: Any, name: str) -> Tensor | None:
     """The state called `name` after the tokens seen so far, or None at the start."""
-    return None if state is None else state.states.get(name)
+    return None if state is None else state.read(name)
 
 
 def write_state(state: Any, name: str, value: Tensor) -> None:
