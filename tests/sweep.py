@@ -253,8 +253,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Which models convert",
         "",
-        f"Of the {len(rows)} causal language model types of transformers {transformers.__version__}, {counts[CONVERTS]} convert and "
-        f"{counts[REFUSED]} are refused at `capture`, before any work. `python -m tests.sweep` makes each type tiny, with "
+        f"Of the {len(rows)} causal language model types of transformers {transformers.__version__}, {counts[CONVERTS]} convert "
+        f"and {counts[REFUSED]} are refused at `capture`, before any work. `python -m tests.sweep` makes each type tiny, with "
         "random weights "
         "and a layer of every kind, runs it on a CPU and writes this page. A type converts if",
         "",
