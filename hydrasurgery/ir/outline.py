@@ -199,6 +199,9 @@ def free_device(graph: fx.Graph) -> None:
             with graph.inserting_after(source):
                 device = graph.call_function(getattr, (source, "device"))
             device.meta["shape"] = ()
-        node.args, node.kwargs = pytree.tree_map_only(
-            torch.device, lambda _, here=device: here, (node.args, node.kwargs)
-        )
+        node.args, node.kwargs = _on_device((node.args, node.kwargs), device)
+
+
+def _on_device(values: Any, device: Any) -> Any:
+    """The values with `device` in the place of every device."""
+    return pytree.tree_map_only(torch.device, lambda _: device, values)
