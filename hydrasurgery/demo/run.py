@@ -91,14 +91,19 @@ def _export(folder: Path, file: Path, expected: tuple[int, ...]) -> str:
     """Export the saved hybrid to ONNX and let ONNX Runtime generate the same tokens; returns a sentence for the report."""
     if find_spec("onnxruntime") is None or find_spec("onnxscript") is None:
         return "It was not exported to ONNX: the extra onnx is not installed."
-    _, tokenizer = load_teacher()
     file.unlink(missing_ok=True)
     written = export_onnx(AutoModelForCausalLM.from_pretrained(folder), file, verbose=False)
+    _check_export(file, expected)
+    return f"Exported to ONNX ({file.name}, {format_bytes(written.bytes)}), it gives the same text in ONNX Runtime."
+
+
+def _check_export(file: Path, expected: tuple[int, ...]) -> None:
+    """Let ONNX Runtime continue the held-out text, and raise if it gives other tokens."""
+    _, tokenizer = load_teacher()
     prompt = encode_text(tokenizer, library_text("held-out"))[None, :PROMPT].numpy()
     tokens = OnnxDecoder(file).generate(prompt, max_new_tokens=CONTINUATION)[0, PROMPT:]
     if tuple(tokens.tolist()) != expected:
         raise RuntimeError(f"{file}: ONNX Runtime generates other tokens than PyTorch")
-    return f"Exported to ONNX ({file.name}, {format_bytes(written.bytes)}), it gives the same text in ONNX Runtime."
 
 
 def report(arms: list[Arm], recipe: Recipe, sample: str, exported: str, minutes: float) -> str:
