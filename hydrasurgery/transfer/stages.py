@@ -20,7 +20,7 @@ from hydrasurgery.errors import DataError, DivergedError, PlanError
 from hydrasurgery.ir.outline import CACHE_ARGUMENTS
 from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
-from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw, mix_seed
+from hydrasurgery.transfer.data import Batch, BatchSource, as_source, check_tokens, draw, mix_seed
 from hydrasurgery.transfer.losses import SplitModel, language_loss, loss_totals, relative_error
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
 from hydrasurgery.transfer.trainable import trainable_names, unshare
@@ -100,6 +100,7 @@ def distill(
     recipe = get_recipe(recipe)
     _check_models(hybrid, teacher, recipe)
     source = as_source(data, tokenizer=tokenizer, seed=seed)
+    check_tokens(source, vocabulary_size(hybrid))
     run = _Run(hybrid, teacher, source, recipe, seed, None if out is None else RunFolder(out, recipe, seed), callback)
     with _left_as_found(hybrid, teacher), _progress(progress) as show:
         begin = run.begin(resume)
