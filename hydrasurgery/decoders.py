@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.errors import SequenceLengthError
+from hydrasurgery.errors import PlanError, SequenceLengthError
 
 
 @contextlib.contextmanager
@@ -177,10 +177,7 @@ def check_length(models: Sequence[nn.Module], length: int) -> None:
     for model in models:
         limit = position_limit(model)
         if limit is not None and length > limit:
-            raise SequenceLengthError(
-                f"{type(model).__name__}: the sequence has {length} tokens, the model's position limit is {limit} "
-                "(config.max_position_embeddings); give shorter sequences or extend the model's positions first"
-            )
+            raise SequenceLengthError.of(type(model).__name__, length, limit)
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
@@ -196,6 +193,25 @@ def vocabulary_size(model: nn.Module) -> int | None:
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         return embedding.weight.shape[0]
     return getattr(text_config(model), "vocab_size", None)
+
+
+def check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse two models whose next-token distributions cannot be compared, as far as they say how many tokens they know.
+
+    Raises:
+        PlanError: they know different numbers of tokens.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> model, _ = load_teacher()
+        >>> check_vocabularies(model, model)
+    """
+    ours, theirs = vocabulary_size(student), vocabulary_size(teacher)
+    if None not in (ours, theirs) and ours != theirs:
+        raise PlanError(
+            f"{type(student).__name__} embeds {ours} tokens and its teacher, a {type(teacher).__name__}, {theirs}; give the "
+            "teacher that it was rewritten from, with a vocabulary of the same size"
+        )
 
 
 def _device(model: nn.Module, input_ids: Tensor) -> torch.device:

@@ -3,6 +3,8 @@
 Each message says what is wrong, where (the module's or file's name) and what to do.
 """
 
+from __future__ import annotations
+
 
 class HydraError(Exception):
     """Base of all errors raised on purpose by hydrasurgery."""
@@ -39,6 +41,14 @@ class CheckpointError(HydraError):
 class SequenceLengthError(HydraError):
     """A sequence is longer than the model's position limit."""
 
+    @classmethod
+    def of(cls, model: str, length: int, limit: int) -> SequenceLengthError:
+        """The error of a model that has `limit` positions for a sequence of `length` tokens."""
+        return cls(
+            f"{model}: the sequence has {length} tokens, the model's position limit is {limit} "
+            "(config.max_position_embeddings); give shorter sequences or extend the model's positions first"
+        )
+
 
 class TokenizerError(HydraError):
     """A tokenizer lacks a token that the task needs."""
@@ -66,6 +76,10 @@ class OutputError(HydraError):
 
 class ExportError(HydraError):
     """A model cannot be written for a target: an op or opset it lacks, a path that exists, a disk that is full."""
+
+
+class DemoError(HydraError):
+    """The demo cannot go on: one of its processes was killed, or a saved hybrid gives other tokens than before."""
 
 
 class RegionTextError(HydraError):

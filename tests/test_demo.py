@@ -11,6 +11,7 @@ import hydrasurgery as hs
 from hydrasurgery.demo.arms import LENGTHS, Arm, Mixture, continuation
 from hydrasurgery.demo.run import _check_export, _export, draw_recall, findings, report
 from hydrasurgery.demo.teacher import load_teacher
+from hydrasurgery.errors import DemoError
 from hydrasurgery.evaluation import encode_text, library_text
 from hydrasurgery.transfer import RECIPES, as_source
 from hydrasurgery.transfer.data import draw
@@ -79,5 +80,5 @@ def test_the_export_gives_the_text_of_the_saved_model(tmp_path: Path) -> None:
     tokens = continuation(hybrid, encode_text(tokenizer, library_text("held-out")))
     said = _export(tmp_path / "hybrid", tmp_path / "hybrid.onnx", tokens)
     assert said.endswith("it gives the same text in ONNX Runtime.")
-    with pytest.raises(RuntimeError, match="other tokens"):
+    with pytest.raises(DemoError, match="other tokens"):
         _check_export(tmp_path / "hybrid.onnx", (*tokens[:-1], tokens[-1] + 1))

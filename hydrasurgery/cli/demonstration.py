@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hydrasurgery.cli.stopping import hinting
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="The folder of everything the demo writes.")] = Path("runs/demo"),
@@ -18,4 +20,5 @@ def demo(
     """
     from hydrasurgery.demo.run import run_demo
 
-    run_demo(out, quick)
+    with hinting("the same command goes on from the checkpoints that were written"):
+        run_demo(out, quick)

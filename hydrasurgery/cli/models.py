@@ -114,9 +114,10 @@ def distill(
     from hydrasurgery.sharing import share_parameters
     from hydrasurgery.transfer import distill as train
     from hydrasurgery.transfer import get_recipe
+    from hydrasurgery.transfer.data import check_file
 
     steps = get_recipe(recipe)
-    _check_data(data)
+    check_file(data)
     written = [out / "recipe.json", out / "metrics.jsonl"]
     check_outputs([hybrid, teacher, data], files=written, owned=[out / "model"], folders=[out])
     if not resume and any((out / "checkpoints").glob("*")):
@@ -287,14 +288,6 @@ def _named(path: Path | None) -> Iterator[None]:
         yield
     except DataError as error:
         raise error if str(path) in str(error) else DataError(f"{path}: {error}") from error
-
-
-def _check_data(path: Path) -> None:
-    """Refuse, before any model is loaded, a file with nothing to train on."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give a UTF-8 text file, or a .npy file of tokens")
-    if not path.stat().st_size:
-        raise DataError(f"{path}: the file is empty; give a file with some text")
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:

@@ -75,9 +75,8 @@ def _check_input(path: Path, name: str | Path) -> None:
     """Refuse a file that is an input, or one of the files of a folder that is an input."""
     inside = os.path.isdir(name) and os.path.lexists(path) and real_path(path).is_relative_to(real_path(name))
     if inside or _same(path, name):
-        raise OutputError(
-            f"{path}: is{' part of' if inside else ''} {name}, which is read, and would be overwritten; give another path"
-        )
+        what = f"part of {name}" if inside else str(name)
+        raise OutputError(f"{path}: is {what}, which is read, and would be overwritten; give another path")
 
 
 def _same(one: str | Path, other: str | Path) -> bool:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from hydrasurgery.conversion import rewrite
 from hydrasurgery.demo.corpus import training_batch
 from hydrasurgery.demo.teacher import load_teacher
+from hydrasurgery.errors import DemoError
 from hydrasurgery.evaluation import encode_text, evaluate, library_text
-from hydrasurgery.files import atomic_directory
+from hydrasurgery.folders import owned_folder
 from hydrasurgery.plan import Plan
 from hydrasurgery.transfer import Recipe, Stage, distill
 from hydrasurgery.transfer.start import calibrate
@@ -90,18 +96,21 @@ def run_arms(arms: Sequence[Arm], folder: Path, console: Console) -> list[Arm]:
     workers = min(2, cores, len(arms))
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     news = context.SimpleQueue()
+    theirs, ours = context.Pipe(duplex=False)  # nothing is sent; when our end is closed, the workers end
     columns = (TextColumn("{task.description:<21}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress,
-        ProcessPoolExecutor(workers, context, _begin, (cores // workers, news)) as pool,
+        ProcessPoolExecutor(workers, context, _begin, (cores // workers, news, theirs)) as pool,
+        ours,  # closed first, so that the pool waits for no worker that an error has made needless
     ):
         bars = {arm.name: progress.add_task(arm.name, total=arm.steps, note="", start=False) for arm in arms}
-        jobs: list[Future[Arm]] = [pool.submit(run_arm, arm, folder) for arm in arms]
+        with _undisturbed():
+            jobs: list[Future[Arm]] = [pool.submit(run_arm, arm, folder) for arm in arms]
         left = set(jobs)
         while left:
             done, left = wait(left, timeout=0.5, return_when="FIRST_EXCEPTION")
             for job in done:
-                job.result()
+                _result(job)
             while not news.empty():
                 name, step, note = news.get()
                 progress.start_task(bars[name])
@@ -109,16 +118,43 @@ def run_arms(arms: Sequence[Arm], folder: Path, console: Console) -> list[Arm]:
         return [job.result() for job in jobs]
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C in a terminal goes to every process; those that are started in this block leave it to this one."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _result(job: Future[Arm]) -> Arm:
+    try:
+        return job.result()
+    except BrokenProcessPool as error:
+        raise DemoError(
+            "a worker process was killed, perhaps for want of memory; the same command goes on from the checkpoints"
+        ) from error
+
+
 _news: Any = None  # a worker's end of the queue of progress
 
 
-def _begin(threads: int, news: Any) -> None:
+def _begin(threads: int, news: Any, parent: Connection) -> None:
     global _news
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from transformers.utils import logging
 
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     _news = news
+
+
+def _end_with(parent: Connection) -> None:
+    """End this process as soon as the other end of `parent` is closed, be it that its process was killed."""
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv_bytes()
+    os._exit(1)
 
 
 def _tell(arm: Arm, step: int, note: str) -> None:
@@ -156,7 +192,7 @@ def run_arm(arm: Arm, folder: Path) -> Arm:
         model, tokenizer, LENGTHS, count=COUNT, seed=SEED + 1, text_ids=held_out, teacher=teacher, progress=False
     )
     if arm.save is not None:
-        with atomic_directory(arm.save) as temporary:
+        with owned_folder(arm.save) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     tokens = continuation(model, held_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,14 +23,17 @@ from hydrasurgery.demo.arms import (
     run_arms,
 )
 from hydrasurgery.demo.teacher import load_teacher
+from hydrasurgery.errors import DemoError, OutputError
 from hydrasurgery.evaluation import encode_text, library_text
 from hydrasurgery.export import OnnxDecoder, export_onnx
-from hydrasurgery.files import atomic_write_json, atomic_write_text
+from hydrasurgery.files import atomic_write_json, atomic_write_text, check_folder
 from hydrasurgery.selection import score_heads
+from hydrasurgery.selection.plots import new_figure, save_figure
 from hydrasurgery.transfer import RECIPES, Recipe
 
 LONG = 524288  # tokens of the forecast
 TASKS = ("needles", "dense")
+MARK = "demo.json"  # a file that says that the folder is a demo's
 
 
 def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None) -> Path:
@@ -42,8 +46,13 @@ def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None)
         out: the folder of `report.md`, the pictures, `plan.json` and the checkpoint.
         quick: only the chosen heads and the all-linear hybrid.
         recipe: the transfer's stages; by default the preset "demo".
+
+    Raises:
+        OutputError: `out` cannot be written into, or holds something else than an earlier demo.
+        DemoError: a process was killed, or a saved hybrid gives other tokens than before.
     """
     out, console, begun = Path(out), Console(stderr=True), time.monotonic()
+    _claim(out)
     recipe = recipe or RECIPES["demo"]
     teacher, tokenizer = load_teacher()
     scores = score_heads(teacher, tokenizer, length=256, count=8, seed=SEED)
@@ -77,13 +86,26 @@ def run_demo(out: str | Path, quick: bool = False, recipe: Recipe | None = None)
     return written
 
 
+def _claim(out: Path) -> None:
+    """Mark the folder as the demo's, which may overwrite what is in it.
+
+    Raises:
+        OutputError: see `run_demo`.
+    """
+    new_figure((1, 1))  # the report has pictures
+    check_folder(out)
+    if out.is_dir() and os.listdir(out) and not (out / MARK).is_file():
+        raise OutputError(f"{out}: holds other things than a demo; give the name of a new or an empty folder")
+    atomic_write_json(out / MARK, {"format": "hydrasurgery-demo", "version": 1})
+
+
 def _reload(folder: Path, expected: tuple[int, ...]) -> list[int]:
     """Load the saved hybrid as a user would, and return what it generates: the tokens it gave before it was saved."""
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     _, tokenizer = load_teacher()
     tokens = continuation(loaded, encode_text(tokenizer, library_text("held-out")))
     if tokens != expected:
-        raise RuntimeError(f"{folder}: the reloaded hybrid generates other tokens than the one that was saved")
+        raise DemoError(f"{folder}: the reloaded hybrid generates other tokens than the one that was saved")
     return list(tokens)
 
 
@@ -103,7 +125,7 @@ def _check_export(file: Path, expected: tuple[int, ...]) -> None:
     prompt = encode_text(tokenizer, library_text("held-out"))[None, :PROMPT].numpy()
     tokens = OnnxDecoder(file).generate(prompt, max_new_tokens=CONTINUATION)[0, PROMPT:]
     if tuple(tokens.tolist()) != expected:
-        raise RuntimeError(f"{file}: ONNX Runtime generates other tokens than PyTorch")
+        raise DemoError(f"{file}: ONNX Runtime generates other tokens than PyTorch")
 
 
 def report(arms: list[Arm], recipe: Recipe, sample: str, exported: str, minutes: float) -> str:
@@ -183,9 +205,7 @@ def findings(arms: list[Arm]) -> list[str]:
 
 def draw_recall(arms: list[Arm], path: Path) -> None:
     """Recall against length, one line per arm, needles beside dense recall."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure((9, 3.6))
     for axes, task in zip(figure.subplots(1, 2, sharey=True), TASKS, strict=True):
         for arm in arms:
             axes.plot(LENGTHS, [arm.result[task][str(n)] for n in LENGTHS], marker="o", label=arm.name)
@@ -193,9 +213,7 @@ def draw_recall(arms: list[Arm], path: Path) -> None:
         axes.set(title=task, xlabel="tokens", xscale="log", xticks=LENGTHS, xticklabels=LENGTHS, ylim=(-0.03, 1.03))
     figure.axes[0].set_ylabel("recall")
     figure.axes[1].legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 __all__ = ["findings", "report", "run_demo"]

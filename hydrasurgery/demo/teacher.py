@@ -29,7 +29,8 @@ from hydrasurgery.demo.corpus import TEXT_PIECES, build_tokenizer, training_batc
 from hydrasurgery.errors import DivergedError
 from hydrasurgery.evaluation.metrics import evaluate
 from hydrasurgery.evaluation.text import encode_text, library_text
-from hydrasurgery.files import atomic_directory, atomic_write_json
+from hydrasurgery.files import atomic_write_json
+from hydrasurgery.folders import check_owned, owned_folder
 
 SHIPPED = Path(__file__).with_name("teacher")
 
@@ -240,7 +241,7 @@ def save_teacher(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path, training: dict[str, Any]
 ) -> None:
     """Write the teacher in fp16, its tokenizer and `training.json`; the folder appears whole or not at all."""
-    with atomic_directory(folder) as temporary:
+    with owned_folder(folder) as temporary:
         copy.deepcopy(model).half().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         atomic_write_json(temporary / "training.json", training)
@@ -257,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = {k: getattr(options, k) for k in ("layers", "heads", "kv_heads")}
     recipe = Recipe(seed=options.seed, steps=options.steps, **shape)
     console, out = Console(stderr=True), Path(options.out)
+    check_owned(out)
     tokenizer = build_tokenizer()
     model, reached = train(
         recipe, tokenizer, out.with_name(out.name + ".jsonl"), minutes=options.minutes, console=console

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from hydrasurgery.decoders import check_length, evaluating, logits_at, takes, vocabulary_size
+from hydrasurgery.decoders import check_length, check_vocabularies, evaluating, logits_at, takes, vocabulary_size
 from hydrasurgery.errors import DataError
 from hydrasurgery.evaluation.facts import has_symbols
 from hydrasurgery.evaluation.tasks import TaskBatch, dense_recall, needles, plain_text
@@ -97,6 +97,7 @@ def kl_to_teacher(
 
     Raises:
         SequenceLengthError: T is more than either model's position limit.
+        PlanError: the vocabularies differ in size.
 
     Example:
         >>> from hydrasurgery.demo.teacher import load_teacher
@@ -104,6 +105,7 @@ def kl_to_teacher(
         >>> kl_to_teacher(model, model, needles(tokenizer, length=64, count=2, seed=0).input_ids)
         0.0
     """
+    check_vocabularies(student, teacher)
     total = 0.0
     for _, _, (wanted, got) in _logits([teacher, student], input_ids, torch.arange(input_ids.shape[1]), memory_bytes):
         total += _divergence(wanted.float().log_softmax(-1), got.float().log_softmax(-1))
@@ -143,6 +145,7 @@ def evaluate(
 
     Raises:
         SequenceLengthError: a length is more than the model's position limit (before anything is measured).
+        PlanError: the teacher's vocabulary is of another size.
 
     Example:
         >>> from hydrasurgery.demo.teacher import load_teacher
@@ -152,6 +155,8 @@ def evaluate(
     """
     for length in lengths:
         check_length([m for m in (model, teacher) if m is not None], length)
+    if teacher is not None:
+        check_vocabularies(model, teacher)
     makers: dict[str, Callable[[int], TaskBatch]] = {
         "needles": lambda n: needles(tokenizer, n, count, seed, num_keys=num_keys, text_ids=text_ids)
     }

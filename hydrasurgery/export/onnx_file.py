@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hydrasurgery.decoders import position_limit
 from hydrasurgery.errors import ExportError
 from hydrasurgery.export.stateful import Traced, trace
 from hydrasurgery.files import new_files
@@ -204,6 +205,10 @@ def _finish(graph: Any, traced: Traced, target: Any, opset: int, model: Any) -> 
     graph.metadata_props["hydrasurgery.eos_token_ids"] = json.dumps(
         [] if eos is None else eos if isinstance(eos, list) else [eos]
     )
+    limit = position_limit(model)
+    if limit is not None:
+        graph.metadata_props["hydrasurgery.position_limit"] = json.dumps(limit)
+    graph.metadata_props["hydrasurgery.model"] = type(model).__name__
     graph.producer_name = "hydrasurgery"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -80,10 +81,11 @@ def export_pt2(
         slots = traced.slots or ()
         names = [{**asdict(slot), "dtype": str(slot.dtype)} for slot in slots]
         extra = {STATES: json.dumps({"states": names})}
-        if aot:
-            _compile(type(model).__name__, traced.program, folder / path.name, extra)
-        else:
-            torch.export.save(traced.program, folder / path.name, extra_files=extra)
+        with _Archive(folder / path.name) as archive:
+            if aot:
+                _compile(type(model).__name__, traced.program, archive, extra)
+            else:
+                torch.export.save(traced.program, archive, extra_files=extra)
         size = (folder / path.name).stat().st_size
     written = Pt2Export(path, size, slots, aot)
     if verbose:
@@ -91,10 +93,34 @@ def export_pt2(
     return written
 
 
-def _compile(name: str, program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+class _Archive(io.FileIO):
+    """A file for PyTorch's archive writer, which aborts the process if a write fails: that is told at the end instead."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, or nothing more once a write has failed."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self.failed is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failed = error
+        return size
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if self.failed is not None:
+            raise self.failed
+
+
+def _compile(name: str, program: torch.export.ExportedProgram, archive: Any, metadata: dict[str, str]) -> None:
     try:
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
+            program, package_path=archive, inductor_configs={"aot_inductor.metadata": metadata}
         )
     except Exception as error:  # a compiler fails in as many ways as there are compilers
         raise ExportError(f"{name} cannot be compiled by AOTInductor (it takes a C++ compiler): {error}") from error

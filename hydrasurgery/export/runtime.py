@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hydrasurgery.errors import ExportError
+from hydrasurgery.errors import ExportError, SequenceLengthError
 
 PAST, PRESENT = "past_key_values.", "present."
 DTYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -30,6 +30,7 @@ class OnnxDecoder:
 
     Attributes:
         eos_token_ids: tokens that end a row, of the exported model.
+        position_limit: the longest sequence, in tokens, that the exported model's positions are made for; None where none is known.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class OnnxDecoder:
             )
         properties = self.session.get_modelmeta().custom_metadata_map
         self.eos_token_ids: list[int] = json.loads(properties.get("hydrasurgery.eos_token_ids", "[]"))
+        self.position_limit: int | None = json.loads(properties.get("hydrasurgery.position_limit", "null"))
+        self._model = properties.get("hydrasurgery.model", os.fspath(path))
 
     def empty(self, batch: int) -> dict[str, np.ndarray]:
         """The states of `batch` rows before the first token: no keys, zeros elsewhere."""
@@ -114,8 +117,14 @@ class OnnxDecoder:
 
         Returns:
             [B, T + N] int64, the prompts and N new tokens.
+
+        Raises:
+            SequenceLengthError: T + `max_new_tokens` is above the model's position limit.
         """
         ids = np.asarray(input_ids, np.int64)
+        length = ids.shape[1] + max_new_tokens
+        if self.position_limit is not None and length > self.position_limit:
+            raise SequenceLengthError.of(self._model, length, self.position_limit)
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int64)
         ends = list(self.eos_token_ids if eos_token_ids is None else eos_token_ids)
         running = np.ones(len(ids), bool)

@@ -6,9 +6,11 @@ equal seeds see equal tokens.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import itertools
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,10 +192,73 @@ def _run(ids: Any) -> np.ndarray:
         raise DataError(f"the training data is not made of lists of token ids: {error}") from error
 
 
+def check_file(path: Path) -> None:
+    """Refuse, before any model is loaded, a file from which no training data can be read: only its beginning is looked at.
+
+    Raises:
+        DataError: it is missing, no ordinary file, empty, not text, or a `.npy` file of something other than tokens.
+    """
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise DataError(f"{path}: is no ordinary file; give a UTF-8 text file, or a .npy file of tokens")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a UTF-8 text file, or a .npy file of tokens")
+    if not path.stat().st_size:
+        raise DataError(f"{path}: the file is empty; give a file with some text")
+    if path.suffix == ".npy":
+        _saved_tokens(path)
+        return
+    with path.open("rb") as stream:
+        head = stream.read(_BLOCK)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is no text (byte {error.start} is not UTF-8); give a UTF-8 text file, or a .npy file"
+        ) from error
+    if b"\0" in head:
+        raise DataError(
+            f"{path}: is no text (byte {head.index(0)} is null); give a UTF-8 text file, or a .npy file of tokens"
+        )
+
+
+def check_tokens(source: BatchSource, known: int | None) -> None:
+    """Refuse a stream with a token that the model does not know, wherever it stands; other sources are checked at each batch.
+
+    Raises:
+        DataError: naming the token and where it is.
+    """
+    if not isinstance(source, TokenStream) or known is None:
+        return
+    tokens = source.tokens
+    for start in range(0, tokens.size, _BLOCK):
+        block = tokens[start : start + _BLOCK]
+        if block.min() < 0 or block.max() >= known:
+            place = int(((block < 0) | (block >= known)).argmax())
+            raise DataError(
+                f"token {start + place} of the training data is {block[place]}, but the model embeds 0 to {known - 1}; tokenize "
+                "the data with the model's own tokenizer"
+            )
+
+
+def _saved_tokens(path: Path) -> np.ndarray:
+    """The tokens [N] of a `.npy` file that holds one run of them, or rows; mapped rather than read."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read as a .npy file ({error}); save the tokens with numpy.save") from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"{path}: is a .npz archive of several arrays; save the tokens alone with numpy.save")
+    if found.dtype.kind not in "iu" or found.ndim not in (1, 2) or not found.size:
+        raise DataError(
+            f"{path}: holds {found.dtype} of shape {list(found.shape)}; give integers, one run of tokens or rows of them"
+        )
+    return found.reshape(-1)
+
+
 def _file_tokens(path: Path, tokenizer: Any) -> np.ndarray:
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
+            return _saved_tokens(path)
         if tokenizer is None:
             raise DataError(f"{path} is text: pass tokenizer=")
         encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)

@@ -23,7 +23,7 @@ from hydrasurgery.ir.outline import CACHE_ARGUMENTS
 from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.checks import autocast, check_models, check_run
-from hydrasurgery.transfer.data import Batch, BatchSource, as_source, draw
+from hydrasurgery.transfer.data import Batch, BatchSource, as_source, check_tokens, draw
 from hydrasurgery.transfer.identity import identity
 from hydrasurgery.transfer.lock import only_run
 from hydrasurgery.transfer.losses import SplitModel, language_loss, loss_totals, relative_error
@@ -110,6 +110,7 @@ def distill(
     recipe, seed = get_recipe(recipe), _whole(seed)
     check_models(hybrid, teacher, recipe)
     source = as_source(data, tokenizer=tokenizer, seed=seed)
+    check_tokens(source, vocabulary_size(hybrid))
     run = _Run(hybrid, teacher, source, recipe, seed, callback)
     first = [run.batch(index, 0) for index in range(len(recipe.stages))]  # bad data is found before a file is written
     check_run(hybrid, teacher, recipe, first[0].inputs)
