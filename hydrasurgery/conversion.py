@@ -28,9 +28,9 @@ def rewrite(
 ) -> nn.Module:
     """Turn the heads that `plan` calls linear into linear attention; returns a hybrid, and leaves `model` as it is.
 
-    The hybrid is a new tree of modules with tensors of its own. They use the model's memory until one of the two models is
-    written to (`hydrasurgery.sharing.share_copy` says which weights are copied at once), so a hybrid that is not trained
-    costs next to nothing, and nothing that is done to one model reaches the other.
+    The hybrid is a new tree of modules with tensors of its own: nothing that is done to one model reaches the other. On the
+    CPU they use the model's memory until one of the two models is written to, on CUDA they are copied at once
+    (`hydrasurgery.sharing.share_copy` has the particulars).
 
     Args:
         model: a Hugging Face decoder, or an nn.Module that calls `F.scaled_dot_product_attention`; all heads full.

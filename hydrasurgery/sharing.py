@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LAZY_DEVICES = ("cpu", "cuda", "meta")  # where torch's copy on write is known to hold
+# Where all of torch's kernels keep to copy on write. Those of CUDA's foreach and fused optimizers write into the shared memory.
+LAZY_DEVICES = ("cpu", "meta")
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -20,11 +21,12 @@ def share_copy(model: nn.Module) -> nn.Module:
     The tensors are objects of the copy's own: an optimizer step, a cast, `resize_token_embeddings` or an edit in place of
     either model never reaches the other, which keeps its values. Tensors that alias each other do so in the copy. A tensor
     that is written to moves to memory of its own first, and so does one whose address is asked for (`data_ptr()`, NumPy,
-    safetensors, kernels outside of torch): a CUDA graph holds addresses, so capture it of `copy.deepcopy(hybrid)`.
+    safetensors, kernels outside of torch).
 
-    Copied at once are tensors whose memory torch has not allocated (weights that safetensors mapped from a file, which is
-    what `from_pretrained` gives on the CPU if it casts nothing; NumPy arrays; memory shared between processes), quantised
-    and sparse tensors, subclasses of Tensor, and those of devices other than the CPU and CUDA.
+    Copied at once are tensors of CUDA and other devices (torch's foreach and fused optimizers do not heed copy on write
+    there), those whose memory torch has not allocated (weights that safetensors mapped from a file, which is what
+    `from_pretrained` gives on the CPU if it casts nothing; NumPy arrays; memory shared between processes), quantised and
+    sparse tensors, and subclasses of Tensor.
     """
     return copy.deepcopy(model, _lazy_clones(itertools.chain(model.parameters(), model.buffers())))
 

@@ -101,6 +101,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "sgd": step,
     "adamw": lambda model: step(model, torch.optim.AdamW),
     "momentum, fused off": lambda model: step(model, momentum=0.9, foreach=False),
+    "adamw, fused": lambda model: step(model, torch.optim.AdamW, fused=True),
+    "adagrad, foreach": lambda model: step(model, torch.optim.Adagrad, foreach=True),
     "trainer": train,
     "lora": lora,
     "longer vocabulary": lambda model: model.resize_token_embeddings(128),
@@ -216,6 +218,20 @@ def test_plain_decoders_are_copied_lazily_too(kind: type[nn.Module]) -> None:
     before = tensors(teacher)
     hybrid(IDS).sum().backward()
     torch.optim.SGD(hybrid.parameters(), lr=1.0).step()
+    assert all(same_bits(value, before[name]) for name, value in tensors(teacher).items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_no_optimizer_reaches_the_teacher_on_cuda(optimizer: Any, options: dict[str, Any]) -> None:
+    teacher, _ = pair()
+    teacher.cuda()
+    hybrid: Any = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="1:1", strategy="random"))
+    before = tensors(teacher)
+    stepper = optimizer(hybrid.parameters(), lr=0.1, **options)
+    hybrid(input_ids=IDS.cuda(), labels=IDS.cuda()).loss.backward()
+    stepper.step()
     assert all(same_bits(value, before[name]) for name, value in tensors(teacher).items())
 
 

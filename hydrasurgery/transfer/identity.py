@@ -1,4 +1,4 @@
-"""What a run is: its layers, teacher, data and recipe. Checkpoints say it, and a run that goes on must be the same."""
+"""What a run is (its layers, teacher, data and recipe), and what of it differs from the run that a checkpoint is of."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ class Stage:
         clip: the gradient's largest 2-norm; None leaves it as it is.
         ce_weight: weight of the cross entropy beside the KL in `distil`.
         body_lr: factor on the rate for parameters outside the attention regions; 0 freezes them.
-        trainable: `all`, or `additions`: what the surgery put under the regions' `hydra`, while the rest stays shared with
-            the teacher. If None, `align` trains the additions and other stages train all. In `align` `all` means all of the
+        trainable: `all`, or `additions`: what the surgery put under the regions' `hydra`, while the rest stays as the
+            teacher has it. If None, `align` trains the additions and other stages train all. In `align` `all` means all of the
             attention regions, projections too; full heads that lose their RoPE need it.
         freeze_full_qk: leave the query and key projections of full heads as they are (QK-Restore).
         micro_batch: sequences per forward pass, the gradient being accumulated over the batch; None takes all at once.

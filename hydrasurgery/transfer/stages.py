@@ -72,7 +72,7 @@ def distill(
 
     `align`: every hybrid attention layer runs on the hidden states that the teacher's layer sees; the loss is the mean
     over layers of |y^ - y|^2 / |y|^2. `distil`: KL(teacher || student) + ce_weight * cross entropy on the logits.
-    `lengthen`: cross entropy. What is trained moves to memory of its own; the rest stays in the teacher's, as `rewrite` left it.
+    `lengthen`: cross entropy. What is trained moves to memory of its own; the rest stays where `rewrite` left it.
 
     A run goes on only as what it was: a checkpoint in `out` is refused if its plan, layers, teacher (all bytes of its weights),
     data, seed or recipe differ. Of the recipe may change: `name`, `checkpoint_every`, `micro_batch`, stages that have not begun,
