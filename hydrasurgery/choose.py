@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
@@ -15,8 +15,21 @@ from hydrasurgery.costs import attention_flops, kept_tokens
 from hydrasurgery.dialect.names import FULL, LINEAR
 from hydrasurgery.errors import PlanError
 from hydrasurgery.ir.capture import capture
+from hydrasurgery.json_files import shown
 from hydrasurgery.options import LayerOptions
-from hydrasurgery.plan import UNITS, LayerPlan, ModelInfo, Plan, layer_shape, model_info, package_versions, units
+from hydrasurgery.plan import (
+    UNITS,
+    Heads,
+    LayerPlan,
+    ModelInfo,
+    Places,
+    Plan,
+    layer_shape,
+    model_info,
+    package_versions,
+    units,
+)
+from hydrasurgery.records import Bounds, Positive, Seed, read_value
 
 STRATEGIES = ("constrained", "global", "per-layer", "random", "fixed", "layerwise", "all-linear", "all-full")
 NEEDS_SCORES = ("constrained", "global", "per-layer")
@@ -93,7 +106,15 @@ def plan_heads(
         >>> plan.num_full, plan.num_heads, plan.layers[3].kinds[0]
         (16, 128, 'full')
     """
-    _check_options(unit, strategy, group_score, budget, min_full_per_layer, tie)
+    _check_options(unit, strategy, group_score, budget)
+    for name, kind, value in (
+        ("min_full_per_layer", Heads, min_full_per_layer),
+        ("length", Positive, length),
+        ("seed", Seed, seed),
+        ("tie", Annotated[float, Bounds(0, 10**9)], tie),
+    ):
+        read_value(kind, value, name, PlanError)
+    keep, never = (read_value(Places, tuple(x), name, PlanError) for name, x in (("keep", keep), ("never", never)))
     options = LayerOptions.of(layer)
     share = _full_share(ratio)
     shapes, model = model_shapes(source)
@@ -300,7 +321,7 @@ def model_shapes(source: Any) -> tuple[list[LayerPlan], ModelInfo]:
     return [layer_shape(region) for region in regions], model
 
 
-def _check_options(unit: str, strategy: str, group_score: str, budget: str, floor: int, tie: float) -> None:
+def _check_options(unit: str, strategy: str, group_score: str, budget: str) -> None:
     for name, value, known in (
         ("unit", unit, UNITS),
         ("strategy", strategy, STRATEGIES),
@@ -308,18 +329,16 @@ def _check_options(unit: str, strategy: str, group_score: str, budget: str, floo
         ("budget", budget, BUDGETS),
     ):
         if value not in known:
-            raise PlanError(f"{name}={value!r} is not one of {', '.join(known)}.")
+            raise PlanError(f"{name}={shown(value)} is not one of {', '.join(known)}.")
     if budget != "heads" and strategy not in ("constrained", "global", "random"):
         raise PlanError(f"budget={budget!r} needs the strategy constrained, global or random, not {strategy!r}.")
-    if floor < 0 or tie < 0:
-        raise PlanError(f"min_full_per_layer={floor} and tie={tie} must not be negative.")
 
 
 def _full_share(ratio: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", ratio)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?):([0-9]{1,9}(?:\.[0-9]{1,9})?)", str(ratio))
     linear, full = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
     if linear + full == 0:
-        raise PlanError(f"ratio={ratio!r} is not 'L:F', linear heads to full heads, for example '7:1' or '3:1'.")
+        raise PlanError(f"ratio={shown(ratio)} is not 'L:F', linear heads to full heads, for example '7:1' or '3:1'.")
     return full / (linear + full)
 
 

@@ -23,17 +23,22 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def load_json(path: str | os.PathLike[str], error: type[HydraError], limit: int = FILE_BYTES) -> Any:
     """The value in a JSON file, bounded as in `parse_json`; `error` also if there is no such file or it is over `limit` bytes."""
+    return parse_json(load_bytes(path, error, limit), os.fspath(path), error)
+
+
+def load_bytes(path: str | os.PathLike[str], error: type[HydraError], limit: int = FILE_BYTES) -> bytes:
+    """What an ordinary file holds; an `error` that names it if there is none, it cannot be read, or it is over `limit` bytes."""
     name = os.fspath(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise error(f"{name}: cannot be read (it is no ordinary file). Give the path of a JSON file.")
+            raise error(f"{name}: cannot be read (it is no ordinary file). Check the path.")
         with Path(path).open("rb") as stream:
             data = stream.read(limit + 1)
     except (OSError, ValueError) as problem:  # a null character in a path is a ValueError
         raise error(f"{name}: cannot be read ({problem}). Check the path.") from problem
     if len(data) > limit:
         raise error(f"{name}: cannot be read (it is larger than {limit:,} bytes). Check the path.")
-    return parse_json(data, name, error)
+    return data
 
 
 def parse_json(text: str | bytes, source: str, error: type[HydraError]) -> Any:
@@ -59,8 +64,8 @@ def parse_json(text: str | bytes, source: str, error: type[HydraError]) -> Any:
     return value
 
 
-def shown(value: Any) -> str:
-    """A value in a message: short, whatever it is.
+def shown(value: Any, characters: int = SHOWN) -> str:
+    """A value in a message: short, whatever it is; `characters` of a text at most.
 
     Example:
         >>> shown(None), shown(0.5), shown("a" * 1000), shown([1, 2]), shown(10**5000)
@@ -71,7 +76,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return str(value) if abs(value) < 10**SHOWN else f"a number of more than {SHOWN} digits"
     if isinstance(value, str):
-        return ascii(value[:SHOWN]) + "..." * (len(value) > SHOWN)
+        return ascii(value[:characters]) + "..." * (len(value) > characters)
     if isinstance(value, (list, tuple, dict)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     return repr(value) if isinstance(value, float) else f"a {type(value).__name__}"

@@ -124,6 +124,14 @@ def test_constants_of_every_kind_read_back() -> None:
         ("{role=hidden-states}", "{colour=red}", "no note is called 'colour'"),
         ("  return %flat\n", "", "no line `return"),
         ("region attn: 4", "region attn: four", "is not of the form"),
+        ("region attn: 4", "region attn: 1000000000", "is not of the form"),
+        ("region attn: 4", f"region attn: {'4' * 5000}", r"is not of the form"),
+        ("scale=0.5", f"scale={'-' * 100_000}1", r"^.{,400}$"),
+        ("scale=0.5", f"scale={'(' * 100_000}", r"^.{,400}$"),
+        ("scale=0.5", f"scale={'[' * 2000 + ']' * 2000}", r"^.{,400}$"),
+        ("scale=0.5", f"scale={'9' * 5000}", "cannot be read"),
+        ("kinds FllF", f"kinds FllF\n  options a={'-' * 100_000}1", "options .* cannot be read"),
+        ("kinds FllF", "kinds FllF\n  options a=-'b'", "options .* cannot be read"),
     ],
 )
 def test_what_is_no_region_is_refused_with_the_line(line: str, instead: str, reason: str) -> None:

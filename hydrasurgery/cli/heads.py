@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hydrasurgery.choose import plan_heads
+from hydrasurgery.choose import EVEN, NEEDS_SCORES, STRATEGIES, plan_heads
 from hydrasurgery.cli.outputs import check_outputs, shown_if_lost
-from hydrasurgery.cli.shared import AUTO, LAYER, Count, Device, Length, Model, Seed, on_device
+from hydrasurgery.cli.shared import AUTO, LAYER, Count, Device, Length, Model, Seed, on_device, refuse
+from hydrasurgery.errors import DataError
+from hydrasurgery.json_files import load_json, shown
 from hydrasurgery.loading import load_model, load_tokenizer
-from hydrasurgery.plan import Plan
+from hydrasurgery.plan import FORMAT, Plan
+
+# The options of `plan` that only some strategies read.
+COUNTS = {
+    tuple(name for name in STRATEGIES if not name.startswith("all-")): ["ratio", "budget"],
+    ("constrained", "random", *EVEN): ["min_full"],
+    ("random", "fixed"): ["seed"],
+    NEEDS_SCORES: ["group_score", "tie"],
+}
 
 
 def score(
@@ -46,6 +57,7 @@ def score(
 
 
 def plan(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The plan file to write.")],
     scores: Annotated[Path | None, typer.Option(help="Scores to choose by.")] = None,
     model: Annotated[str | None, typer.Option(help="Instead of scores, for strategies that need none.")] = None,
@@ -54,7 +66,9 @@ def plan(
     strategy: Annotated[
         str, typer.Option(help="constrained, global, per-layer, random, fixed, layerwise, all-linear or all-full.")
     ] = "constrained",
-    min_full: Annotated[int, typer.Option("--min-full", min=0, help="Full units that a layer has at least.")] = 1,
+    min_full: Annotated[
+        int, typer.Option("--min-full", min=0, max=2048, help="Full units that a layer has at least.")
+    ] = 1,
     group_score: Annotated[str, typer.Option(help="A KV group's score: max, mean or sum of its heads'.")] = "max",
     tie: Annotated[
         float, typer.Option(min=0, help="Scores this near are equal; finer for small ones (swap-kl).")
@@ -63,7 +77,9 @@ def plan(
     seed: Seed = 0,
     keep: Annotated[list[str] | None, typer.Option(metavar="L:H", help="A layer's head that stays full.")] = None,
     never: Annotated[list[str] | None, typer.Option(metavar="L:H", help="A layer's head that becomes linear.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens that the forecast and the budget are for.")] = 32768,
+    length: Annotated[
+        int, typer.Option(min=1, max=10**15, help="Tokens that the forecast and the budget are for.")
+    ] = 32768,
     layer: Annotated[str, typer.Option(help=LAYER)] = "default",
     plot: Annotated[Path | None, typer.Option(help="A PNG of the plan, layers by heads.")] = None,
 ) -> None:
@@ -76,6 +92,11 @@ def plan(
 
     if (scores is None) == (model is None):
         raise typer.BadParameter("give either --scores or --model")
+    for strategies, options in COUNTS.items():
+        if strategy in STRATEGIES and strategy not in strategies:
+            refuse(context, options, f"only counts with the strategies {', '.join(strategies)}, not with {strategy}")
+    if unit == "head":
+        refuse(context, ["group_score"], "only counts with --unit kv-group")
     check_outputs([scores, model], files=[out], pictures=[plot])
     kept, left = ([_head(text, name) for text in given or ()] for given, name in ((keep, "--keep"), (never, "--never")))
     source: Any = HeadScores.load(scores) if scores is not None else load_model(str(model))
@@ -112,15 +133,18 @@ def compare(
     """
     from hydrasurgery.selection import HeadScores
     from hydrasurgery.selection import compare as measure
+    from hydrasurgery.selection.scores import FILE_BYTES
 
     def load(file: Path) -> Any:
-        is_plan = file.is_file() and '"hydrasurgery-plan"' in file.read_text(encoding="utf-8", errors="replace")
-        return Plan.load(file) if is_plan else HeadScores.load(file)
+        value = load_json(file, DataError, FILE_BYTES)
+        is_plan = isinstance(value, dict) and value.get("format") == FORMAT
+        return Plan.from_dict(value, str(file)) if is_plan else HeadScores.from_dict(value, str(file))
 
     typer.echo(str(measure({str(file): load(file) for file in files})))
 
 
 def plot(
+    context: typer.Context,
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="A score file.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")],
     kind: Annotated[str, typer.Option(help="map, groups, histogram, coverage or ablation.")] = "map",
@@ -136,6 +160,8 @@ def plot(
     """
     from hydrasurgery.selection import HeadScores, ablation_curve, probe_pairs
 
+    if kind != "ablation":
+        refuse(context, ["model", "length", "count", "seed", "device"], "only counts with --kind ablation")
     check_outputs([scores, model], pictures=[out])
     loaded = HeadScores.load(scores)
     if kind != "ablation":
@@ -151,7 +177,7 @@ def plot(
 
 
 def _head(text: str, option: str) -> tuple[int, int]:
-    layer, _, head = text.partition(":")
-    if not (layer.isdecimal() and head.isdecimal()):
-        raise typer.BadParameter(f"{option} {text}: give layer:head, such as 3:0")
-    return int(layer), int(head)
+    found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
+    if found is None:
+        raise typer.BadParameter(f"{option} {shown(text)}: give layer:head, such as 3:0")
+    return int(found[1]), int(found[2])

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from hydrasurgery.cli.outputs import check_outputs, shown_if_lost
-from hydrasurgery.cli.shared import AUTO, Device, wide_console
+from hydrasurgery.cli.shared import AUTO, LONGEST, Device, wide_console
 from hydrasurgery.files import atomic_write_json, is_stream, json_text
+from hydrasurgery.json_files import shown
 
 
 def kernels(
     device: Device = AUTO,
-    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option(min=1, max=2**20, help="Width of a head.")] = 128,
 ) -> None:
     """Show which kernel runs each operator on this machine, and why each other one does not.
 
@@ -33,7 +34,7 @@ def bench(
     device: Device = AUTO,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens or sequences, instead of the suite's own.")
+        list[int] | None, typer.Option(min=1, max=LONGEST, help="Tokens or sequences, instead of the suite's own.")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="A contender to leave out, such as fla.")] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CUDA).")] = False,
@@ -56,10 +57,16 @@ def bench(
     names = suites or list(SUITES)
     unknown = [name for name in names if name not in SUITES]
     if unknown:
-        raise typer.BadParameter(f"no suite is called {unknown[0]!r}; there are {', '.join(SUITES)}")
+        raise typer.BadParameter(f"no suite is called {shown(unknown[0])}; there are {', '.join(SUITES)}")
+    contenders = sorted({contender.name for name in names for contender in SUITES[name].contenders})
+    strange = [name for name in skip or () if name not in contenders]
+    if strange:
+        raise typer.BadParameter(f"--skip {shown(strange[0])}: the suites' contenders are {', '.join(contenders)}")
+    if cold and device.type != "cuda":
+        raise typer.BadParameter(f"--cold times first calls on CUDA, not on {device}")
     types = {str(known).removeprefix("torch."): known for known in TOLERANCE}
     if dtype not in types:
-        raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(types)}")
+        raise typer.BadParameter(f"--dtype {shown(dtype)}: give one of {', '.join(types)}")
     check_outputs([], files=[out], pictures=[plot])
     console = wide_console()
     rows: list[dict[str, Any]] = []
@@ -75,7 +82,7 @@ def bench(
             for row in measure(names, device, dtype=types[dtype], sizes=size, skip=skip or ()):
                 keep(row)
                 status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
-            if cold and device.type == "cuda":
+            if cold:
                 for name in names:
                     if name != "layer":
                         keep(first_calls(name, "hydra"))

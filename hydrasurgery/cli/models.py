@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,25 @@ import torch
 import typer
 
 from hydrasurgery.cli.outputs import check_outputs, shown_if_lost
-from hydrasurgery.cli.shared import AUTO, LAYER, Count, Device, Model, Seed, on_device, wide_console
+from hydrasurgery.cli.shared import (
+    AUTO,
+    LAYER,
+    LONGEST,
+    TOKENS,
+    Count,
+    Device,
+    Model,
+    Seed,
+    on_device,
+    refuse,
+    wide_console,
+)
 from hydrasurgery.cli.stopping import hinting
 from hydrasurgery.decoders import check_length, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
 from hydrasurgery.files import atomic_write_json, check_new, json_text
 from hydrasurgery.folders import owned_folder
+from hydrasurgery.json_files import shown
 from hydrasurgery.loading import load_model, load_tokenizer
 from hydrasurgery.plan import Plan
 
@@ -153,7 +167,7 @@ def evaluate(
     """
     from hydrasurgery.evaluation import evaluate as measure
 
-    sizes = _lengths(lengths)
+    sizes = _lengths(lengths, count)
     check_outputs([model, teacher], files=[out])
     decoder = on_device(load_model(model), device)
     tokenizer = load_tokenizer(model, decoder)
@@ -168,9 +182,10 @@ def evaluate(
 
 
 def generate(
+    context: typer.Context,
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LONGEST, help="Tokens to add at most.")] = 64,
     onnx: Annotated[
         Path | None, typer.Option(help="Run this export in ONNX Runtime; MODEL gives the tokenizer.")
     ] = None,
@@ -181,6 +196,7 @@ def generate(
     Example: hydrasurgery generate run/model --prompt "The for statement is used to" --max-new-tokens 32
     """
     if onnx is not None:
+        refuse(context, ["device"], "only counts without --onnx")
         typer.echo(_generate_onnx(onnx, load_tokenizer(model), prompt, max_new_tokens))
         return
     decoder = on_device(load_model(model), device)
@@ -193,6 +209,7 @@ def generate(
 
 
 def export(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(help="The file to write: *.onnx or *.pt2. It must not exist.")],
     target: Annotated[str, typer.Option(help="Of ONNX: onnxruntime or opset27.")] = "onnxruntime",
@@ -207,8 +224,10 @@ def export(
 
     if out.suffix not in (".onnx", ".pt2"):
         raise typer.BadParameter(f"--out {out}: the name must end in .onnx or .pt2")
+    if out.suffix == ".pt2":
+        refuse(context, ["target"], "only counts for *.onnx")
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise typer.BadParameter(f"--dtype {dtype}: give auto, float32, float16 or bfloat16")
+        raise typer.BadParameter(f"--dtype {shown(dtype)}: give auto, float32, float16 or bfloat16")
     check_new(out)
     decoder = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     if out.suffix == ".pt2":
@@ -263,11 +282,20 @@ def _generate_onnx(path: Path, tokenizer: Any, prompt: str, max_new_tokens: int)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def _lengths(text: str) -> list[int]:
+def _lengths(text: str, count: int) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(f"--lengths {text}: give positive numbers separated by commas, such as 256,512")
-    return [int(part) for part in parts]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and 1 <= int(part) <= LONGEST for part in parts):
+        raise typer.BadParameter(
+            f"--lengths {shown(text)}: give positive numbers up to {LONGEST:,} separated by commas, such as 256,512"
+        )
+    sizes = [int(part) for part in parts]
+    if len(set(sizes)) < len(sizes):
+        raise typer.BadParameter(f"--lengths {shown(text)}: a length stands there twice")
+    if max(sizes) * count > TOKENS:
+        raise typer.BadParameter(
+            f"--lengths {shown(text)}: {count:,} sequences of {max(sizes):,} tokens are more than {TOKENS:,} tokens; give fewer"
+        )
+    return sizes
 
 
 def _rows(tokenizer: Any, text: str, model: Any, path: Path | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from hydrasurgery.errors import ExportError, SequenceLengthError
+from hydrasurgery.json_files import parse_json
+from hydrasurgery.records import Count, read_value
 
 PAST, PRESENT = "past_key_values.", "present."
 DTYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -62,10 +63,22 @@ class OnnxDecoder:
             raise ExportError(
                 f"{os.fspath(path)}: its states are {strange[0]}, which NumPy lacks: export float16 or float32"
             )
+        shapes = [self._inputs[name].shape for name in self._states]
+        if len(self._outputs) != 1 + len(shapes) or not all(shape and None not in shape for shape in shapes):
+            raise ExportError(
+                f"{os.fspath(path)}: its states are not those of an export; export it again with cache=True"
+            )
+        self._path = os.fspath(path)
         properties = self.session.get_modelmeta().custom_metadata_map
-        self.eos_token_ids: list[int] = json.loads(properties.get("hydrasurgery.eos_token_ids", "[]"))
-        self.position_limit: int | None = json.loads(properties.get("hydrasurgery.position_limit", "null"))
-        self._model = properties.get("hydrasurgery.model", os.fspath(path))
+        self._model = properties.get("hydrasurgery.model", self._path)
+
+        def noted(key: str, kind: Any, default: str) -> Any:
+            where = f"{self._path}: hydrasurgery.{key}"
+            text = properties.get(f"hydrasurgery.{key}", default)
+            return read_value(kind, parse_json(text, where, ExportError), where, ExportError)
+
+        self.eos_token_ids: list[int] = list(noted("eos_token_ids", tuple[Count, ...], "[]"))
+        self.position_limit: int | None = noted("position_limit", Count | None, "null")
 
     def empty(self, batch: int) -> dict[str, np.ndarray]:
         """The states of `batch` rows before the first token: no keys, zeros elsewhere."""
@@ -85,6 +98,9 @@ class OnnxDecoder:
             input_ids: [B, T].
             attention_mask: [B, P + T], of all tokens up to now; 0 for padding.
             states: what the last step returned; None at the start.
+
+        Raises:
+            ExportError: the file is not what `export_onnx` wrote, or the arguments are not as above.
         """
         length = input_ids.shape[1]
         feed: dict[str, Any] = {
@@ -94,7 +110,10 @@ class OnnxDecoder:
         }
         feed = {name: np.ascontiguousarray(value, np.int64) for name, value in feed.items() if name in self._inputs}
         feed.update(self.empty(len(input_ids)) if states is None else states)
-        logits, *present = self.session.run(self._outputs, feed)
+        try:
+            logits, *present = self.session.run(self._outputs, feed)
+        except Exception as error:  # as for loading
+            raise ExportError(f"{self._path}: ONNX Runtime cannot run it: {error}") from error
         names = (PAST + name.removeprefix(PRESENT) for name in self._outputs[1:])
         return logits, dict(zip(names, present, strict=True))
 

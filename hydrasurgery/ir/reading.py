@@ -9,10 +9,11 @@ from torch import nn
 from hydrasurgery.errors import RegionTextError
 from hydrasurgery.ir.region import LETTERS, STATE, Inputs, Region, RegionModule
 from hydrasurgery.ir.text import Functions, parse_graph, read_options
+from hydrasurgery.json_files import shown
 
 _HEAD = re.compile(
-    r"region (\S*): ([1-9]\d*) heads \(\d+ linear\), ([1-9]\d*) KV heads of ([1-9]\d*)"
-    r"(?:, values of (\d+))?(?:, window (\d+))?(?:, softcap (\d+(?:\.\d+)?(?:e[+-]?\d+)?))?(, sinks)?"
+    r"region (\S*): ([1-9]\d{0,3}) heads \(\d{1,4} linear\), ([1-9]\d{0,3}) KV heads of ([1-9]\d{0,8})"
+    r"(?:, values of (\d{1,9}))?(?:, window (\d{1,15}))?(?:, softcap (\d{1,15}(?:\.\d+)?(?:e[+-]?\d{1,2})?))?(, sinks)?"
 )
 HEADINGS = ("kinds", "teacher_heads", "options", "later", "call")
 
@@ -47,7 +48,9 @@ def parse_region(text: str, module: nn.Module | None = None, functions: Function
     head = _HEAD.fullmatch(lines[0]) if lines else None
     if head is None:
         first = lines[0] if lines else ""
-        raise RegionTextError(f"{first!r} is not of the form `region NAME: H heads (L linear), K KV heads of D`")
+        raise RegionTextError(
+            f"{shown(first, 200)} is not of the form `region NAME: H heads (L linear), K KV heads of D`"
+        )
     name, heads, shared, dim, values, window, softcap, sinks = head.groups()
     given: dict[str, str] = {}
     body = 1
@@ -72,7 +75,7 @@ def parse_region(text: str, module: nn.Module | None = None, functions: Function
         softcap=None if softcap is None else float(softcap),
         sinks=sinks is not None,
         kinds=_kinds(given.get("kinds", "F" * int(heads)), lines[0]),
-        teacher_heads=tuple(map(int, re.findall(r"\d+", given.get("teacher_heads", "")))),
+        teacher_heads=tuple(map(int, re.findall(r"\d{1,9}", given.get("teacher_heads", "")))),
         options=read_options(given.get("options", "")),
         later=tuple(re.findall(r"[\w-]+(?:\{[^{}]*\})?", given.get("later", ""))),
     )
@@ -89,9 +92,9 @@ def parse_region(text: str, module: nn.Module | None = None, functions: Function
 def _kinds(letters: str, line: str) -> tuple[str, ...]:
     kinds = {letter: kind for kind, letter in LETTERS.items()}
     if not set(letters) <= kinds.keys():
-        raise RegionTextError(f"{line!r}: kinds {letters!r} are not letters of {', '.join(kinds)}")
+        raise RegionTextError(f"{line!r}: kinds {shown(letters)} are not letters of {', '.join(kinds)}")
     return tuple(kinds[letter] for letter in letters)
 
 
 def _path(text: str) -> tuple[str | int, ...]:
-    return tuple(int(step) if step.isdecimal() else step for step in text.split("."))
+    return tuple(int(step) if re.fullmatch(r"[0-9]{1,9}", step) else step for step in text.split("."))

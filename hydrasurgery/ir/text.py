@@ -22,6 +22,7 @@ from torch import fx
 from hydrasurgery import layers, ops
 from hydrasurgery.errors import RegionTextError
 from hydrasurgery.ir import state
+from hydrasurgery.json_files import shown
 
 MEANING = ("kind", "role", "branch", "state", "dtype")  # what passes note on nodes, in `node.meta`, for other passes
 NOTES = (*MEANING, "kernel")
@@ -33,6 +34,8 @@ _CALL = re.compile(r"([\w.:<>-]+)\((.*)\)")
 _NOTES = re.compile(r" \{([^{}]*)\}$")
 _NOTE = re.compile(r"(\w+)=(\"[^\"]*\"|[^,\s]+)")
 _REFERENCE = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|%(\w+)")
+# What Python raises for text that is no argument, or is nested too deeply for its parser.
+UNREADABLE = (SyntaxError, ValueError, KeyError, AttributeError, RuntimeError, TypeError, MemoryError)
 _WORDS = {"inf": float("inf"), "nan": float("nan"), "end": 2**63 - 1}  # `end` as export writes that of an open slice
 
 
@@ -136,8 +139,8 @@ def parse_graph(lines: Iterable[str], functions: Functions | None = None) -> tup
             if any(node.op == "output" for node in reversed(graph.nodes)):
                 raise ValueError("it comes after `return`")
             _parse_line(text, graph, made, sources, functions or {})
-        except (SyntaxError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
-            raise RegionTextError(f"{text!r} cannot be read: {error}") from error
+        except UNREADABLE as error:
+            raise RegionTextError(f"{shown(text, 200)} cannot be read: {error}") from error
     if not any(node.op == "output" for node in graph.nodes):
         raise RegionTextError("the text has no line `return ...`")
     return graph, sources
@@ -238,8 +241,8 @@ def read_options(text: str) -> dict[str, Any]:
     """Inverse of `show_options`; RegionTextError if a value is no constant."""
     try:
         return _read_arguments(text, {})[1]
-    except (SyntaxError, ValueError) as error:
-        raise RegionTextError(f"options {text!r} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise RegionTextError(f"options {shown(text, 200)} cannot be read: {error}") from error
 
 
 def _read(text: str, made: Mapping[str, fx.Node]) -> Any:

@@ -23,8 +23,10 @@ from typing import Any
 from hydrasurgery.choose import REDUCTIONS, model_shapes
 from hydrasurgery.errors import DataError
 from hydrasurgery.files import atomic_write_text
+from hydrasurgery.json_files import load_bytes, parse_json, shown
 from hydrasurgery.plan import LayerPlan, Plan
-from hydrasurgery.selection.scores import HeadScores, LayerScores
+from hydrasurgery.records import read_value
+from hydrasurgery.selection.scores import FILE_BYTES, HeadScores, LayerScores
 
 UNIT = {"duo-attention": "kv-group", "prulong": "kv-group", "retrieval-head": "head", "qrhead": "head"}
 TABLE = "full_attention_heads.tsv"  # the name of the table in a DuoAttention folder
@@ -51,9 +53,10 @@ def read_scores(path: str | os.PathLike[str], source: Any, *, format: str) -> He
     file = Path(path)
     file = file / TABLE if format == "duo-attention" and file.is_dir() else file
     shapes, model = model_shapes(source)
+    data = load_bytes(file, DataError, FILE_BYTES)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise DataError(f"{file}: cannot be read as {format} scores ({error}). Check the path.") from error
     rows = _table(text, str(file), shapes) if unit == "kv-group" else _listed(text, str(file), shapes, format)
     if format == "prulong" and any(value not in (0.0, 1.0) for row in rows for unit_ in row for value in unit_):
@@ -128,11 +131,10 @@ def _table(text: str, file: str, shapes: Sequence[LayerPlan]) -> Rows:
 
 
 def _listed(text: str, file: str, shapes: Sequence[LayerPlan], format: str) -> Rows:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not JSON ({error}); expected {format} scores.") from error
+    value = parse_json(text, file, DataError)
     if format == "qrhead" and isinstance(value, list) and all(isinstance(x, list) and len(x) == 2 for x in value):
+        if len({shown(key) for key, _ in value}) < len(value):
+            raise DataError(f"{file}: expected each head once, found one twice.")
         value = {str(key): [score] for key, score in value}
     elif format == "qrhead" or not isinstance(value, dict) or not all(isinstance(x, list) for x in value.values()):
         form = '[["layer-head", score], ...]' if format == "qrhead" else '{"layer-head": [scores]}'
@@ -142,24 +144,28 @@ def _listed(text: str, file: str, shapes: Sequence[LayerPlan], format: str) -> R
         odd = sorted(set(value) - set(keys)) or sorted(set(keys) - set(value))
         raise DataError(
             f"{file}: expected {_sizes([s.num_heads for s in shapes], 'query heads')}, {len(keys)} in all, found "
-            f"{len(value)} entries; {odd[0]!r} is {'unknown' if odd[0] in value else 'missing'}."
+            f"{len(value)} entries; {shown(odd[0])} is {'unknown' if odd[0] in value else 'missing'}."
         )
     counts = {len(value[key]) for key in keys}
     if counts == {0} or len(counts) > 1:
         raise DataError(f"{file}: expected as many scores for each head, at least one, found {sorted(counts)}.")
     return [
-        [[_number(x, file) for x in value[f"{layer}-{head}"]] for head in range(shape.num_heads)]
+        [list(_row(value[key := f"{layer}-{head}"], f"{file}: {key}")) for head in range(shape.num_heads)]
         for layer, shape in enumerate(shapes)
     ]
 
 
-def _number(value: Any, file: str) -> float:
+def _row(value: list[Any], where: str) -> tuple[float, ...]:
+    return read_value(tuple[float, ...], value, where, DataError)
+
+
+def _number(word: str, file: str) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(word)
+    except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{file}: expected finite numbers, found {value!r}.")
+        raise DataError(f"{file}: expected finite numbers, found {shown(word)}.")
     return number
 
 
