@@ -86,7 +86,7 @@ def refuse(context: typer.Context, options: Iterable[str], reason: str) -> None:
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name in options and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(reason, ctx=context, param=parameter)
+            raise typer.BadParameter(reason, ctx=context, param_hint=f"--{parameter.name}".replace("_", "-"))
 
 
 def wide_console() -> Console:
