@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from hydrasurgery.dialect.heads import select_heads
 from hydrasurgery.dialect.names import ATTENTION, LINEAR_ATTENTION
 from hydrasurgery.ir.graphs import ancestors, arguments, remove_unused
 from hydrasurgery.ir.region import Region
@@ -85,21 +84,6 @@ def unrotated(x: fx.Node) -> fx.Node:
         plain = graph.create_node(x.op, x.target, args, kwargs, f"{x.name}_plain")
     plain.meta.update(x.meta)
     return plain
-
-
-def rotate_what_is_read(graph: fx.Graph) -> None:
-    """Where heads are taken of a rotated tensor and nothing else is read of it, take them before: no other is then rotated."""
-    for node in graph.find_nodes(op="call_function", target=rotate):
-        user = next(iter(node.users), None)
-        if user is None or len(node.users) != 1 or user.target is not select_heads or arguments(user)[2] != 1:
-            continue
-        x, *turn = arguments(node)
-        with graph.inserting_before(user):
-            plain = graph.create_node(
-                "call_function", select_heads, (x, *arguments(user)[1:]), None, f"{user.name}_plain"
-            )
-        user.target, user.args = rotate, (plain, *turn)
-        graph.erase_node(node)
 
 
 def rotations(x: fx.Node) -> list[fx.Node]:

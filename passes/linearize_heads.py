@@ -15,7 +15,7 @@ from hydrasurgery.ir.region import Region
 from hydrasurgery.layers import BetaGate, ConvWeight, DecayGate, forget, l2_norm, rotate_tokens, to_heads, to_tokens
 from hydrasurgery.options import TAPS
 from hydrasurgery.passes.base import Pass, PassResult, register
-from hydrasurgery.passes.canonicalize_rotary import knows_places, rotate_what_is_read, rotations, unrotated
+from hydrasurgery.passes.canonicalize_rotary import knows_places, rotations, unrotated
 from hydrasurgery.records import Bounds
 
 BEFORE = ("residual-unrotated", "native")  # kinds of convolution that stand before the rotary embedding
@@ -78,7 +78,6 @@ class LinearizeHeads(Pass):
         new.meta["kind"] = LINEAR
         node.replace_all_uses_with(new)
         remove_unused(graph)
-        rotate_what_is_read(graph)
         region.options["rule"] = self.rule
         region.options["conv"] = self.conv_kind if self.conv else "none"
         return PassResult(region, True)

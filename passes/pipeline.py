@@ -13,7 +13,6 @@ LONGEST = 10_000  # characters
 STEP = re.compile(r"\s*([\w-]+)(?:\{([^{}]*)\})?\s*(?:,|$)")
 PRESETS = {
     "analyze": "canonicalize-attention,canonicalize-rotary",
-    # Checkpoints hold this name, so that it means what it meant: a convolution after the rotary embedding.
     "hybrid": "canonicalize-attention,split-heads,linearize-heads,fuse-heads,thread-state,fuse-decode",
 }
 

@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 import hydrasurgery as hs
 from hydrasurgery.errors import PassError
-from hydrasurgery.layers import rotate, rotate_tokens
 from tests.families import PlainDecoder, tiny
 from tests.test_families import half_plan, stir
 
@@ -120,14 +119,6 @@ def test_a_decoded_token_is_rotated_in_the_one_operator(turn: str) -> None:
     for place in range(4, IDS.shape[1]):
         parts.append(hybrid(IDS[:, place : place + 1], past_key_values=cache).logits)
     assert torch.allclose(torch.cat(parts, 1), whole[:, 4:], rtol=0, atol=1e-12)
-
-
-def test_no_head_is_rotated_that_is_not_read() -> None:
-    """Of four heads and two KV heads: the full ones where the cache holds them, the linear ones after their convolution."""
-    teacher = tiny("qwen3")
-    region = hs.regions(hs.rewrite(teacher, half_plan(teacher, ("linear", "linear", "full", "full"))))[0]
-    assert [node.meta["shape"][1] for node in region.find(rotate)] == [1, 2]
-    assert [node.meta["shape"][2] for node in region.find(rotate_tokens)] == [2, 2]
 
 
 # --- embeddings that are not recognised -------------------------------------------------------------------------------
