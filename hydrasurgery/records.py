@@ -80,7 +80,7 @@ def read_record(
         >>> read_record(Recipe, {"name": "short", "stages": [stage]}, "recipe.json", RecipeError)
         Traceback (most recent call last):
         ...
-        hydrasurgery.errors.RecipeError: recipe.json: stages[0].lr is null; give a number from above 0 to 1000000000
+        hydrasurgery.errors.RecipeError: recipe.json: stages[0].lr is null; give a number from above 0 to 1000
     """
     try:
         return _fields(kind, value, optional)

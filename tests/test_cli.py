@@ -97,7 +97,9 @@ def test_layer_options_go_from_plan_to_hybrid_and_can_be_changed(work, tmp_path)
         text = succeed("inspect", out)
         assert f"layer {shown}\n" in text
         assert "passes" not in text
-    assert "conv is 'x'; give one of residual, native, none" in fail("plan", *common, "--layer", "conv=x")
+    assert "conv is 'x'; give one of residual-unrotated, residual, native, none" in fail(
+        "plan", *common, "--layer", "conv=x"
+    )
 
 
 def test_plan_file_is_what_the_library_makes(work):

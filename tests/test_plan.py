@@ -246,7 +246,7 @@ def edited(**changes):
         (edited(num_heads=10**9), r"layers\[2\]\.num_heads is 1000000000; give a whole number from 0 to 2048"),
         (edited(head_dim=1.5), r"layers\[2\]\.head_dim is 1\.5"),
         (edited(full=[1, 1]), r"layers\[2\] .*keeps a head twice"),
-        (edited(layer={"conv": None}), "layer.conv is null; give one of residual, native, none"),
+        (edited(layer={"conv": None}), "layer.conv is null; give one of residual-unrotated, residual, native, none"),
         (edited(layer={"full_gate": True, "gate": False}), "layer .*full_gate=true needs gate=true"),
         (edited(full=[1, 8]), "unknown head 8"),
         (edited(num_heads=0, full=[]), r"model\.layers\.2\.self_attn lists no heads"),

@@ -112,8 +112,8 @@ def test_dumps_hold_every_step(tmp_path: object) -> None:
     hs.rewrite(model, half_plan(model), dump=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names[0] == "model.layers.0.self_attn.00-given.txt"
-    assert len(names) == 2 * 7
-    last = (tmp_path / "model.layers.0.self_attn.05-thread-state.txt").read_text()
+    assert len(names) == 2 * 8
+    last = (tmp_path / "model.layers.0.self_attn.06-thread-state.txt").read_text()
     assert "hydra::scale_norm_fusion" in last
     assert "%o_linear" not in last
 

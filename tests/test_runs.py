@@ -116,12 +116,12 @@ def other_buffer(teacher: Any, hybrid: Any) -> Any:
 
 
 def other_layer(teacher: Any, _hybrid: Any) -> Any:
-    plan = made((0, 1))[1].config.quantization_config.plan
+    plan = made((0, 1))[1].config.hydrasurgery["plan"]
     return teacher, hs.rewrite(teacher, hs.Plan.from_json(json.dumps(plan)), layer="rule=delta")
 
 
 def other_scale(teacher: Any, _hybrid: Any) -> Any:  # an option without parameters
-    plan = made((0, 1))[1].config.quantization_config.plan
+    plan = made((0, 1))[1].config.hydrasurgery["plan"]
     return teacher, hs.rewrite(teacher, hs.Plan.from_json(json.dumps(plan)), layer="log_length=true")
 
 
