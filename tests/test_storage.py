@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GenerationConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Trainer,
-    TrainingArguments,
-    pipeline,
 )
 
 import hydrasurgery as hs
-from hydrasurgery import stored
-from hydrasurgery.demo.teacher import load_teacher
 from hydrasurgery.errors import CheckpointError
 from hydrasurgery.loading import load_model
 from tests.families import SMALL, tiny
@@ -50,13 +40,18 @@ def states(model: Any) -> torch.Tensor:
     return model.eval()(IDS, use_cache=False).last_hidden_state
 
 
+def small(family: str, **changes: Any) -> Any:
+    """A model of one layer: what is asked here of a layer is the same of each."""
+    return tiny(family, num_hidden_layers=1, **{"n_layer": 1, **changes} if family == "gpt2" else changes)
+
+
 def hybrid_of(model: Any) -> Any:
     return stir(hs.rewrite(model, half_plan(model))).eval()
 
 
 @pytest.fixture(scope="module")
 def hybrid() -> Any:
-    return hybrid_of(tiny("qwen3"))
+    return hybrid_of(small("qwen3"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +91,7 @@ def test_every_way_gives_the_same_hybrid(way: str, hybrid: Any, folder: Path) ->
 def test_a_hybrid_built_from_its_config_takes_the_weights(hybrid: Any, folder: Path) -> None:
     for config in (hybrid.config, AutoConfig.from_pretrained(folder)):
         built: Any = AutoModelForCausalLM.from_config(config)
-        assert len(hs.region_modules(built)) == 2
+        assert len(hs.region_modules(built)) == 1
         built.load_state_dict(hybrid.state_dict())
         assert torch.equal(logits(built), logits(hybrid))
 
@@ -123,7 +118,7 @@ def test_a_task_head_on_a_hybrid(hybrid: Any, folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma3_text", "opt", "mixtral", "persimmon"])
 def test_tensors_that_files_do_not_hold_are_made_at_loading(family: str, tmp_path: Path) -> None:
-    hybrid = hybrid_of(tiny(family))
+    hybrid = hybrid_of(small(family))
     hybrid.save_pretrained(tmp_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(hybrid))
@@ -146,7 +141,7 @@ def test_rotary_embeddings_that_depend_on_the_length(family: str, rope: str, tmp
     }[rope]
     parameters = {"rope_type": rope, "rope_theta": 10000.0, "partial_rotary_factor": 1.0, **options}
     more = {"original_max_position_embeddings": 16} if family == "phi3" else {}
-    hybrid = hybrid_of(tiny(family, rope_parameters=parameters, **more))
+    hybrid = hybrid_of(small(family, rope_parameters=parameters, **more))
     hybrid.save_pretrained(tmp_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     for length in (8, 40, 8):
@@ -156,7 +151,7 @@ def test_rotary_embeddings_that_depend_on_the_length(family: str, rope: str, tmp
 
 def test_capture_leaves_no_trace_in_a_rotary_embedding() -> None:
     parameters = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    model: Any = tiny("llama", rope_parameters={**parameters, "original_max_position_embeddings": 16})
+    model: Any = small("llama", rope_parameters={**parameters, "original_max_position_embeddings": 16})
     before = set(vars(model.model.rotary_emb))
     hs.capture(model)
     assert set(vars(model.model.rotary_emb)) == before
@@ -164,7 +159,7 @@ def test_capture_leaves_no_trace_in_a_rotary_embedding() -> None:
 
 @torch.no_grad()
 def test_a_text_decoder_inside_a_multimodal_model(tmp_path: Path) -> None:
-    text = {**SMALL, "query_pre_attn_scalar": 16, "sliding_window": 8}
+    text = {**SMALL, "num_hidden_layers": 1, "query_pre_attn_scalar": 16, "sliding_window": 8}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
         text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, image_token_index=95
@@ -196,7 +191,7 @@ class OwnModel(Qwen3ForCausalLM):
 
 def test_a_model_class_outside_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    hybrid = hybrid_of(OwnModel(OwnConfig(extra=5, **SMALL)))
+    hybrid = hybrid_of(OwnModel(OwnConfig(extra=5, **{**SMALL, "num_hidden_layers": 1})))
     hybrid.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="'own_decoder', which transformers"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -210,106 +205,3 @@ def test_a_model_class_outside_of_transformers(tmp_path: Path) -> None:
         assert isinstance(loaded, OwnModel)
         assert loaded.config.extra == 5
         assert torch.equal(logits(loaded), logits(hybrid))
-
-
-# --- what lies on disk ------------------------------------------------------------------------------------------------
-
-
-def test_the_file_is_a_form_of_its_own_and_the_object_is_like_its_base(hybrid: Any, folder: Path) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    assert values["model_type"] == "hydrasurgery"
-    assert values["hydrasurgery"]["base"]["model_type"] == "qwen3"
-    assert values["architectures"] == ["Qwen3ForCausalLM"]
-    assert (values["hidden_size"], values["tie_word_embeddings"]) == (64, stored.ADVICE)
-    assert "quantization_config" not in values
-    config = AutoConfig.from_pretrained(folder)
-    for read in (config, hybrid.config):
-        assert isinstance(read, Qwen3Config)
-        assert (read.model_type, read.to_dict()["model_type"]) == ("qwen3", "qwen3")
-        assert (read.tie_word_embeddings, read.eos_token_id) == (False, 2)
-    assert isinstance(hybrid, Qwen3ForCausalLM)
-    assert type(hybrid).__name__ == "Qwen3ForCausalLM"
-
-
-def test_configs_come_back_as_they_were(hybrid: Any, tmp_path: Path) -> None:
-    config = hybrid.config
-    config.save_pretrained(tmp_path)
-    for again in (
-        AutoConfig.from_pretrained(tmp_path),
-        type(config).from_pretrained(tmp_path),
-        type(config).from_dict(config.to_dict()),
-        pickle.loads(pickle.dumps(config)),
-        copy.deepcopy(config),
-    ):
-        assert type(again) is type(config)
-        assert json.loads(again.to_json_string()) == json.loads(config.to_json_string())
-    assert pickle.loads(pickle.dumps(type(hybrid))) is type(hybrid)
-    assert pickle.loads(pickle.dumps(type(config))) is type(config)
-
-
-def test_shards_variants_and_repeated_saves(hybrid: Any, tmp_path: Path) -> None:
-    hybrid.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
-    assert len([*(tmp_path / "sharded").glob("model-*.safetensors")]) > 1
-    hybrid.save_pretrained(tmp_path / "variant", variant="half")
-    sharded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
-    variant: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "variant", variant="half")
-    sharded.save_pretrained(tmp_path / "again")
-    for loaded in (sharded, variant, AutoModelForCausalLM.from_pretrained(tmp_path / "again")):
-        assert torch.equal(logits(loaded), logits(hybrid))
-
-
-def test_half_precision_comes_back(folder: Path, tmp_path: Path) -> None:
-    half: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    assert torch.equal(logits(loaded), logits(half))
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert {p.dtype for p in whole.parameters()} == {torch.float32}
-
-
-def test_what_lies_beside_a_hybrid(tmp_path: Path) -> None:
-    teacher, tokenizer = load_teacher()
-    hybrid: Any = hs.rewrite(teacher, hs.plan_heads(teacher, strategy="random", ratio="3:1"))
-    hybrid.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
-    assert GenerationConfig.from_pretrained(tmp_path).to_dict() == hybrid.generation_config.to_dict()
-    text = pipeline("text-generation", model=str(tmp_path))("The for", max_new_tokens=3, do_sample=False)
-    prompt = tokenizer("The for", return_tensors="pt")
-    wanted = hybrid.generate(**prompt, max_new_tokens=3, do_sample=False)[0]
-    assert text[0]["generated_text"] == tokenizer.decode(wanted, skip_special_tokens=True)
-
-
-def test_training_goes_on_from_a_checkpoint(hybrid: Any, tmp_path: Path) -> None:
-    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
-
-    def train(steps: int, model: Any, resume: bool) -> Any:
-        options = {"max_steps": steps, "per_device_train_batch_size": 2, "save_steps": 2, "learning_rate": 1e-3}
-        arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **options)
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=resume)
-        return model
-
-    whole = train(4, copy.deepcopy(hybrid), resume=False)
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = train(4, AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2"), resume=True)
-    assert torch.equal(logits(resumed), logits(whole))
-
-
-def test_lora_finds_the_hybrid_again(folder: Path, tmp_path: Path) -> None:
-    from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-
-    for task in ("CAUSAL_LM", None):
-        lora = LoraConfig(r=2, task_type=task)  # its targets are looked up by the model type
-        adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter)
-        adapted.save_pretrained(tmp_path / str(task))
-        wanted = logits(adapted)
-        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / str(task)))
-        assert torch.equal(logits(again), wanted)
-        allowed = None if task else [type(adapted.get_base_model()).__module__]
-        found = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / str(task)), import_allowlist=allowed)
-        assert torch.equal(logits(found), wanted)
