@@ -455,7 +455,7 @@ def test_a_line_of_the_metrics_that_is_no_record_is_named(stopped: Path, line: s
 def test_lines_out_of_order_are_named(stopped: Path) -> None:
     lines = (stopped / "metrics.jsonl").read_text().splitlines()
     (stopped / "metrics.jsonl").write_text("\n".join([lines[1], lines[0], lines[2]]) + "\n")
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: it is not later"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: its step is not later"):
         resume(stopped)
 
 
