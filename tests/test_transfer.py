@@ -625,7 +625,7 @@ def test_a_bad_batch_is_named(batch: dict[str, Tensor], words: str) -> None:
 @pytest.mark.parametrize(
     ("data", "stage", "error", "words"),
     [
-        (torch.arange(500), {}, DataError, "token ids from .* embeds 0 to"),
+        (torch.arange(500), {}, DataError, "token 96 of the training data is 96, but the model embeds 0 to"),
         (torch.arange(4), {}, DataError, "shorter length"),
         (tokens(900), {"length": 300}, SequenceLengthError, "300 tokens, the model's position limit is 256"),
     ],

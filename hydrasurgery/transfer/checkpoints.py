@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from hydrasurgery.errors import CheckpointError, RecipeError
 from hydrasurgery.files import atomic_directory, atomic_write_text
+from hydrasurgery.json_files import load_json, shown
+from hydrasurgery.records import Count, Positive, read_record
 from hydrasurgery.sharing import same_bits, unchanged_names
 from hydrasurgery.transfer.identity import difference, recipe_difference
 from hydrasurgery.transfer.metrics import read_records
 from hydrasurgery.transfer.recipe import Recipe
 
-_NAME = r"(?P<stage>0|[1-9]\d*)-(?P<name>align|distil|lengthen)-(?P<step>\d{8,})"
-_WHOLE, _PARTIAL = re.compile(_NAME), re.compile(rf"\.{_NAME}\.[0-9a-f]{{12}}")
+_NAME = re.compile(r"(?P<stage>0|[1-9]\d*)-(align|distil|lengthen)-(?P<step>\d{8,})")
 _FILES = ("state.json", "model.safetensors", "optimizer.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, beside "step"
 FORMAT, VERSION = "hydrasurgery-transfer", 2
@@ -45,6 +46,19 @@ class Position:
 
     stage: int = 0
     step: int = 0
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `state.json` holds."""
+
+    format: str
+    version: int
+    stage: Count
+    step: Positive
+    seed: int
+    recipe: Recipe
+    identity: dict[str, Any]
 
 
 class RunFolder:
@@ -97,8 +111,8 @@ class RunFolder:
 
     def latest(self) -> Path | None:
         """The checkpoint that is furthest along, or None."""
-        whole = [(at.stage, at.step, path) for path, at in self._found() if at is not None]
-        return max(whole)[2] if whole else None
+        found = [(at.stage, at.step, path) for path, at in self._found()]
+        return max(found)[2] if found else None
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one line to the metrics."""
@@ -133,7 +147,7 @@ class RunFolder:
             if optimizer is not None:
                 _write(_optimizer_tensors(hybrid, optimizer), folder / "optimizer.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        self._remove(lambda other: other is None or (other.stage == at.stage and other.step < at.step))
+        self._remove(lambda other: other.stage == at.stage and other.step < at.step)
         return target
 
     def restore(self, checkpoint: Path, hybrid: nn.Module, teacher: nn.Module | None) -> Position:
@@ -189,18 +203,15 @@ class RunFolder:
                 raise CheckpointError(_unreadable(path, f"{entry} {wrong}"))
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
-    def _found(self) -> Iterator[tuple[Path, Position | None]]:
-        """The folders that this class wrote; those that a crash left half-written have no position."""
+    def _found(self) -> Iterator[tuple[Path, Position]]:
+        """The folders that this class wrote."""
         for path in sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ():
-            if path.is_symlink() or not path.is_dir():
-                continue
             at = _named(path)
-            if at is not None and any((path / file).is_file() for file in _FILES):
+            real = path.is_dir() and not path.is_symlink()
+            if at is not None and real and any((path / file).is_file() for file in _FILES):
                 yield path, at
-            elif _PARTIAL.fullmatch(path.name):
-                yield path, None
 
-    def _remove(self, where: Callable[[Position | None], bool]) -> None:
+    def _remove(self, where: Callable[[Position], bool]) -> None:
         """Delete the checkpoints at some positions: their files, and the folders unless something else is in them."""
         for path in [path for path, at in self._found() if where(at)]:
             for file in _FILES:
@@ -212,58 +223,41 @@ class RunFolder:
         """Where a checkpoint of this run stands; see `restore`."""
         path = checkpoint / "state.json"
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            state = load_json(path, CheckpointError)
+        except CheckpointError as error:
             raise CheckpointError(_unreadable(path, error)) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise CheckpointError(_unreadable(path, f"its format is not {FORMAT!r}"))
         if state.get("version") != VERSION:
             raise CheckpointError(
-                f"{path} has version {state.get('version')!r}, not {VERSION}: another version of hydrasurgery wrote it, which did "
-                "not note what run it is of; go on with that version, or choose another folder"
+                f"{path} has version {shown(state.get('version'))}, not {VERSION}: another version of hydrasurgery wrote it, which "
+                "did not note what run it is of; go on with that version, or choose another folder"
             )
-        at = self._check_state(path, state)
-        self._check_run(path, state, at)
-        return at
+        found = read_record(_State, state, os.fspath(path), CheckpointError)
+        if Position(found.stage, found.step) != _named(checkpoint):
+            raise CheckpointError(
+                _unreadable(path, f"stage {found.stage}, step {found.step} in a folder named {checkpoint.name}")
+            )
+        self._check_run(path, found)
+        return Position(found.stage, found.step)
 
-    def _check_state(self, path: Path, state: dict[str, Any]) -> Position:
-        """The position in a state, whose entries have the types and values that `save` writes."""
-        at = _named(path.parent)
-        assert at is not None
-        for key, value in asdict(at).items():
-            if type(state.get(key)) is not int or state[key] != value:
-                raise CheckpointError(_unreadable(path, f"{key} is {state.get(key)!r} in the folder of {key} {value}"))
-        if type(state.get("seed")) is not int:
-            raise CheckpointError(_unreadable(path, f"seed is {state.get('seed')!r}, not a whole number"))
-        for key in ("recipe", "identity"):
-            if not isinstance(state.get(key), dict):
-                raise CheckpointError(_unreadable(path, f"{key} is {state.get(key)!r}, not an object"))
-        return at
-
-    def _check_run(self, path: Path, state: dict[str, Any], at: Position) -> None:
+    def _check_run(self, path: Path, state: _State) -> None:
         """Refuse the state of another run."""
-        if state["seed"] != self.seed:
+        stages = state.recipe.stages
+        whole = state.stage < len(stages) and state.step <= stages[state.stage].num_steps
+        if not whole or not path.parent.name.startswith(f"{state.stage}-{stages[state.stage].name}-"):
             raise CheckpointError(
-                f"{path} is of a run with seed {state['seed']}, not {self.seed}: pass seed={state['seed']}"
+                _unreadable(path, f"its recipe has no step {state.step} of such a stage {state.stage}")
             )
-        try:
-            earlier = Recipe.from_json(state["recipe"])
-            begun = earlier.stages[at.stage]
-            done = 1 <= at.step <= begun.num_steps
-        except (RecipeError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(_unreadable(path, f"its recipe: {error}")) from error
-        name = _WHOLE.fullmatch(path.parent.name)["name"]  # type: ignore[index]
-        if begun.name != name or not done:
-            raise CheckpointError(
-                _unreadable(path, f"its recipe has no step {at.step} of a stage {name!r} number {at.stage}")
-            )
-        found = recipe_difference(earlier, self.recipe, at.stage, at.step)
+        if state.seed != self.seed:
+            raise CheckpointError(f"{path} is of a run with seed {state.seed}, not {self.seed}: pass seed={state.seed}")
+        found = recipe_difference(state.recipe, self.recipe, state.stage, state.step)
         if found:
             raise CheckpointError(
                 f"{path} is of a run with another recipe: {found}. Use the recipe in {self.path / 'recipe.json'}, or choose "
                 "another folder"
             )
-        found = difference(_as_begun(state["identity"], at.stage), _as_begun(self.identity, at.stage), "")
+        found = difference(_as_begun(state.identity, state.stage), _as_begun(self.identity, state.stage), "")
         if found:
             raise CheckpointError(
                 f"{path} is of another run: {found}. Give the plan, teacher and data that the run was started with, or choose "
@@ -273,7 +267,7 @@ class RunFolder:
 
 def _named(path: Path) -> Position | None:
     """The position in the name of a checkpoint's folder; None for any other name."""
-    match = _WHOLE.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name)
     return None if match is None else Position(int(match["stage"]), int(match["step"]))
 
 

@@ -222,14 +222,14 @@ def check_file(path: Path) -> None:
 
 
 def check_tokens(source: BatchSource, known: int | None) -> None:
-    """Refuse a stream with a token that the model does not know, wherever it stands; other sources are checked at each batch.
+    """Refuse a token that the model does not know, wherever it stands; a source of the user's own is checked at each batch.
 
     Raises:
         DataError: naming the token and where it is.
     """
-    if not isinstance(source, TokenStream) or known is None:
+    if not isinstance(source, (TokenStream, Rows)) or known is None:
         return
-    tokens = source.tokens
+    tokens = source.tokens if isinstance(source, TokenStream) else source.columns[IDS]
     for start in range(0, tokens.size, _BLOCK):
         block = tokens[start : start + _BLOCK]
         if block.min() < 0 or block.max() >= known:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydrasurgery.errors import CheckpointError
+from hydrasurgery.json_files import parse_json
+from hydrasurgery.records import Count, Name, Positive, read_record
 
-_WHOLE = {"stage_index": 0, "step": 1, "tokens": 0}  # with the least value of each
-_REAL = ("loss", "lr", "grad_norm", "seconds")
+
+@dataclass(frozen=True)
+class _Line:
+    """What a line may hold."""
+
+    stage: Name
+    stage_index: Count
+    step: Positive
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: Count
+    seconds: float
+    kl: float | None = None
+    ce: float | None = None
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -21,42 +35,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     records: list[dict[str, Any]] = []
+    last = (-1, -1)
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line, where, CheckpointError)
+        except CheckpointError:
             if number == len(lines) and line.startswith(b"{"):
                 break
-            raise CheckpointError(_message(path, number, str(error))) from error
-        if wrong := _wrong(record):
-            raise CheckpointError(_message(path, number, wrong))
-        if records and _place(record) <= _place(records[-1]):
-            raise CheckpointError(_message(path, number, "it is not later than the line before"))
+            raise
+        read = read_record(_Line, record, where, CheckpointError)
+        if (read.stage_index, read.step) <= last:
+            raise CheckpointError(f"{where}: its step is not later than that of the line before; give another folder")
+        last = (read.stage_index, read.step)
         records.append(record)
     return records
-
-
-def _place(record: dict[str, Any]) -> tuple[int, int]:
-    return record["stage_index"], record["step"]
-
-
-def _wrong(record: Any) -> str | None:
-    """What is wrong with a record, in words; None if nothing is."""
-    if not isinstance(record, dict):
-        return "it is no JSON object"
-    if not isinstance(record.get("stage"), str):
-        return f"stage is {record.get('stage')!r}, not a name"
-    for key, least in _WHOLE.items():
-        if type(record.get(key)) is not int or record[key] < least:
-            return f"{key} is {record.get(key)!r}, not a whole number from {least} on"
-    for key in _REAL:
-        if type(record.get(key)) not in (int, float) or not -math.inf < record[key] < math.inf:
-            return f"{key} is {record.get(key)!r}, not a number"
-    return None
-
-
-def _message(path: Path, number: int, what: str) -> str:
-    return (
-        f"{path}, line {number}: {what}, so this is not what a run has written; move the file away (a run goes on without it), or "
-        "give another folder"
-    )
