@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hydrasurgery.errors import CheckpointError, RecipeError
 from hydrasurgery.files import atomic_directory, atomic_write_text
+from hydrasurgery.json_files import load_json, shown
 from hydrasurgery.sharing import same_bits, unchanged_names
 from hydrasurgery.transfer.identity import difference, recipe_difference
 from hydrasurgery.transfer.metrics import read_records
@@ -212,15 +213,15 @@ class RunFolder:
         """Where a checkpoint of this run stands; see `restore`."""
         path = checkpoint / "state.json"
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            state = load_json(path, CheckpointError)
+        except CheckpointError as error:
             raise CheckpointError(_unreadable(path, error)) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise CheckpointError(_unreadable(path, f"its format is not {FORMAT!r}"))
-        if state.get("version") != VERSION:
+        if shown(state.get("version")) != str(VERSION):
             raise CheckpointError(
-                f"{path} has version {state.get('version')!r}, not {VERSION}: another version of hydrasurgery wrote it, which did "
-                "not note what run it is of; go on with that version, or choose another folder"
+                f"{path} has version {shown(state.get('version'))}, not {VERSION}: another version of hydrasurgery wrote it, which "
+                "did not note what run it is of; go on with that version, or choose another folder"
             )
         at = self._check_state(path, state)
         self._check_run(path, state, at)
@@ -232,12 +233,14 @@ class RunFolder:
         assert at is not None
         for key, value in asdict(at).items():
             if type(state.get(key)) is not int or state[key] != value:
-                raise CheckpointError(_unreadable(path, f"{key} is {state.get(key)!r} in the folder of {key} {value}"))
+                raise CheckpointError(
+                    _unreadable(path, f"{key} is {shown(state.get(key))} in the folder of {key} {value}")
+                )
         if type(state.get("seed")) is not int:
-            raise CheckpointError(_unreadable(path, f"seed is {state.get('seed')!r}, not a whole number"))
+            raise CheckpointError(_unreadable(path, f"seed is {shown(state.get('seed'))}, not a whole number"))
         for key in ("recipe", "identity"):
             if not isinstance(state.get(key), dict):
-                raise CheckpointError(_unreadable(path, f"{key} is {state.get(key)!r}, not an object"))
+                raise CheckpointError(_unreadable(path, f"{key} is {shown(state.get(key))}, not an object"))
         return at
 
     def _check_run(self, path: Path, state: dict[str, Any], at: Position) -> None:
