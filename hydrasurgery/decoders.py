@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.errors import PlanError, SequenceLengthError
+from hydrasurgery.errors import CheckpointError, PlanError, SequenceLengthError
+from hydrasurgery.records import Count, read_value
 
 
 @contextlib.contextmanager
@@ -143,6 +144,23 @@ def text_config(model: nn.Module) -> Any:
     """
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def end_tokens(model: nn.Module) -> tuple[int, ...]:
+    """The tokens that end a text, as the model's generation config says; none where it has none.
+
+    Raises:
+        CheckpointError: they are no token ids.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> end_tokens(load_teacher()[0])
+        (706,)
+    """
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [] if ids is None else ids if isinstance(ids, (list, tuple)) else [ids]
+    where = f"{type(model).__name__}: eos_token_id of generation_config.json"
+    return read_value(tuple[Count, ...], ids, where, CheckpointError)
 
 
 def position_limit(model: nn.Module) -> int | None:

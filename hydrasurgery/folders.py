@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from hydrasurgery.files import (
     real_path,
     telling,
 )
+from hydrasurgery.json_files import load_json
 from hydrasurgery.renaming import exchange
 
 MANIFEST = "hydrasurgery-files.json"
@@ -98,9 +98,9 @@ def _put(new: Path, target: Path, path: Target) -> None:
 def _foreign(folder: Path) -> Iterator[tuple[str, str]]:
     """What is not as `owned_folder` left it: a name, and words that say what became of it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(folder / MANIFEST, OutputError)
         files = manifest["sha256"] if (manifest["format"], manifest["version"]) == (FORMAT, VERSION) else None
-    except (ValueError, KeyError, TypeError):
+    except (OutputError, KeyError, TypeError):
         files = None
     if not isinstance(files, dict):
         yield MANIFEST, "is not what was saved there"

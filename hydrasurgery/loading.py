@@ -14,7 +14,7 @@ from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
 from hydrasurgery.json_files import load_json, shown
 from hydrasurgery.records import Bounds, read_value
-from hydrasurgery.trust import check_config
+from hydrasurgery.trust import check_config, shard_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +125,7 @@ def check_files(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{folder / 'config.json'}: missing; give a folder that save_pretrained wrote")
     check_config(values["config.json"], os.fspath(folder / "config.json"))
     _check_sizes(values["config.json"], folder / "config.json")
-    for file in _weight_files(folder, values.get(INDEX)):
+    for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -153,20 +153,11 @@ def _check_sizes(config: dict[str, Any], file: Path) -> None:
                 read_value(SIZES[key], part[key], f"{file}: {place}{key}", CheckpointError)
 
 
-def _weight_files(folder: Path, index: dict[str, Any] | None) -> list[Path]:
-    """The safetensors files that transformers will read; the index may name files of its own folder only."""
-    if (folder / "model.safetensors").exists() or index is None:
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers will read."""
+    if (folder / "model.safetensors").exists() or not (folder / INDEX).exists():
         return [folder / "model.safetensors"]
-    names = read_value(
-        dict[str, str], index.get("weight_map"), f"{folder / INDEX}: weight_map", CheckpointError
-    ).values()
-    strange = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
-    if strange:
-        raise CheckpointError(
-            f"{folder / INDEX}: weight_map names {shown(strange[0])}, which is no safetensors file of its folder; "
-            "save the model again"
-        )
-    return [folder / file for file in sorted(set(names))]
+    return [folder / file for file in sorted(shard_names(folder / INDEX))]
 
 
 def _mismatch(path: str | os.PathLike[str], config: Any) -> str:
@@ -179,8 +170,7 @@ def _mismatch(path: str | os.PathLike[str], config: Any) -> str:
     try:
         with torch.device("meta"):
             made = {name: list(x.shape) for name, x in AutoModelForCausalLM.from_config(config).state_dict().items()}
-        index = _object(folder / INDEX) if (folder / INDEX).exists() else None
-        for file in _weight_files(folder, index):
+        for file in _weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
             for name in found.keys() & made.keys():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydrasurgery.errors import CheckpointError
+from hydrasurgery.json_files import load_json, shown
+from hydrasurgery.records import Name, read_value
 
 # What transformers computes by itself. Any other name sends it to the loader of the `kernels` package (also "flash_attention_2",
 # where flash_attn is not installed), which fetches a repository and runs it.
@@ -44,13 +45,13 @@ def check_config(values: Any, source: str) -> None:
             wrong = [name for name in named if name is not None and name not in own]
             if wrong:
                 raise CheckpointError(
-                    f"{source}: {path} is {wrong[0]!r}, for which transformers may fetch and run code; a checkpoint runs none. "
-                    f"Take the entry out of the file, or set it to one of {', '.join(own)}"
+                    f"{source}: {path} is {shown(wrong[0])}, for which transformers may fetch and run code; a checkpoint runs "
+                    f"none. Take the entry out of the file, or set it to one of {', '.join(own)}"
                 )
         elif (key in KERNELS or key in FILES) and value:
             does = "reads files of other names" if key in FILES else "fetches and runs kernels"
             raise CheckpointError(
-                f"{source}: {path} is {value!r}, by which transformers {does}; take the entry out of the file"
+                f"{source}: {path} is {shown(value)}, by which transformers {does}; take the entry out of the file"
             )
 
 
@@ -62,15 +63,24 @@ def check_shards(path: str | os.PathLike[str] | None) -> None:
     """
     folder = Path(path) if path is not None else Path(os.devnull)
     for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
-        try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: holds no weight_map ({error}); save the model again") from error
-        strange = sorted(name for name in named if Path(name).name != name)
-        if strange:
-            raise CheckpointError(
-                f"{index}: names {strange[0]!r}, which is not a file of its folder; save the model again"
-            )
+        shard_names(index)
+
+
+def shard_names(index: Path) -> set[str]:
+    """The files that an index of shards names, all of them in its own folder.
+
+    Raises:
+        CheckpointError: naming the index, if it is no index or names a file elsewhere.
+    """
+    value = load_json(index, CheckpointError)
+    named = value.get("weight_map") if isinstance(value, dict) else None
+    files = set(read_value(dict[str, Name], named, f"{index}: weight_map", CheckpointError).values())
+    strange = sorted(name for name in files if name in ("", ".", "..") or Path(name).name != name)
+    if strange:
+        raise CheckpointError(
+            f"{index}: names {shown(strange[0])}, which is not a file of its folder; save the model again"
+        )
+    return files
 
 
 def _entries(values: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -296,3 +296,74 @@ def test_bench_refuses_what_it_does_not_know(arguments, message):
     result = run("bench", *arguments, "--device", "cpu")
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+# --- options ------------------------------------------------------------------------------------------------------------------
+
+HUGE = "9" * 5000
+WRONG = {
+    "bench --skip nope": "--skip 'nope': the suites' contenders are",
+    "bench decode --skip hydra --skip nope": "--skip 'nope'",
+    "bench --cold --device cpu": "--cold times first calls on CUDA",
+    "bench --size 1000000000000 --device cpu": "'--size'",
+    "kernels --head-dim 1000000000": "'--head-dim'",
+    "kernels --device gpu": "not on this machine",
+    "kernels --device meta": "not on this machine",
+    "eval m --out o.json --count 1e30": "'--count'",
+    "eval m --out o.json --count 1000000000000": "'--count'",
+    "eval m --out o.json --seed -1": "'--seed'",
+    f"eval m --out o.json --seed {HUGE}": "'--seed'",
+    "eval m --out o.json --lengths 1000000000000": "--lengths '1000000000000': give positive numbers up to",
+    f"eval m --out o.json --lengths {HUGE}": "--lengths '9999",
+    "eval m --out o.json --lengths 256,0": "--lengths '256,0'",
+    "eval m --out o.json --lengths 256,256": "a length stands there twice",
+    "eval m --out o.json --lengths \u0663": "--lengths",
+    "eval m --out o.json --lengths 100000000 --count 10000": "more than 4,294,967,296 tokens",
+    "generate m --prompt a --max-new-tokens 10000000000": "'--max-new-tokens'",
+    "generate m --prompt a --onnx m.onnx --device cpu": "only counts without --onnx",
+    "export m --out m.pt2 --target onnxruntime": "only counts for *.onnx",
+    "export m --out m.pt2 --target bogus": "only counts for *.onnx",
+    "score m --out o.json --length 1000000000000": "'--length'",
+    "plan --model m --out o.json --strategy all-linear --ratio 3:1": "only counts with the strategies constrained,",
+    "plan --model m --out o.json --strategy all-full --budget heads": "only counts with the strategies constrained,",
+    "plan --model m --out o.json --strategy layerwise --min-full 2": "only counts with the strategies constrained, random,",
+    "plan --scores s --out o.json --strategy global --min-full 0": "only counts with the strategies constrained, random,",
+    "plan --scores s --out o.json --seed 3": "only counts with the strategies random, fixed",
+    "plan --model m --out o.json --strategy random --tie 0.1": "only counts with the strategies constrained, global,",
+    "plan --scores s --out o.json --group-score mean": "only counts with --unit kv-group",
+    "plan --scores s --out o.json --keep 1": "--keep '1': give layer:head",
+    f"plan --scores s --out o.json --keep {HUGE}:0": "--keep '9999",
+    "plan --scores s --out o.json --never 0:-1": "--never '0:-1'",
+    "plan --scores s --out o.json --min-full 1000000000": "'--min-full'",
+    "plot s --out o.png --count 3": "only counts with --kind ablation",
+    "plot s --out o.png --kind groups --model m": "only counts with --kind ablation",
+    "plot s --out o.png --kind map --device cpu": "only counts with --kind ablation",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG.items(), ids=[line[:60] for line in WRONG])
+def test_options_out_of_range_or_without_effect_are_refused(line, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*line.split())
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.stderr.replace("│", " ").split())  # typer breaks lines in a box
+    assert message in said
+    assert len(said) < 1000 or HUGE in line and message == "'--seed'"  # which typer reads itself
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ratio", ["7", "x" * 10**6, f"{HUGE}:1", "1e9:1", "-1:1", "0:0", "nan:1", "\u0663:1", "inf:1"])
+def test_ratios_are_two_numbers(ratio, tmp_path, work):
+    line = fail(
+        "plan", "--model", work / "teacher", "--strategy", "random", "--out", tmp_path / "o", f"--ratio={ratio}"
+    )
+    assert "is not 'L:F', linear heads to full heads" in line
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize(
+    "layer", ["x" * 10**6, "conv=none," * 100_000, "conv=" + "-" * 100_000, "conv=none,conv=native"]
+)
+def test_layer_texts_are_short_words(layer, tmp_path, work):
+    line = fail("plan", "--model", work / "teacher", "--strategy", "random", "--out", tmp_path / "o", "--layer", layer)
+    assert "layer" in line and len(line) < 400

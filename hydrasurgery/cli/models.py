@@ -26,7 +26,7 @@ from hydrasurgery.cli.shared import (
     wide_console,
 )
 from hydrasurgery.cli.stopping import hinting
-from hydrasurgery.decoders import check_length, position_limit
+from hydrasurgery.decoders import check_length, end_tokens, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
 from hydrasurgery.files import atomic_write_json, check_new, json_text
 from hydrasurgery.folders import owned_folder
@@ -195,6 +195,8 @@ def generate(
 
     Example: hydrasurgery generate run/model --prompt "The for statement is used to" --max-new-tokens 32
     """
+    from transformers import GenerationConfig
+
     if onnx is not None:
         refuse(context, ["device"], "only counts without --onnx")
         typer.echo(_generate_onnx(onnx, load_tokenizer(model), prompt, max_new_tokens))
@@ -203,6 +205,8 @@ def generate(
     tokenizer = load_tokenizer(model, decoder)
     inputs = _encode(tokenizer, prompt).to(decoder.device)
     check_length([decoder], inputs["input_ids"].shape[1] + max_new_tokens)
+    # All else that a checkpoint's generation_config.json may say would choose other tokens than the likeliest.
+    decoder.generation_config = GenerationConfig(eos_token_id=list(end_tokens(decoder)) or None)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = decoder.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
     typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hydrasurgery.decoders import position_limit
+from hydrasurgery.decoders import end_tokens, position_limit
 from hydrasurgery.errors import ExportError
 from hydrasurgery.export.stateful import Traced, trace
 from hydrasurgery.files import new_files
@@ -200,11 +200,8 @@ def _finish(graph: Any, traced: Traced, target: Any, opset: int, model: Any) -> 
     # From 23 on the operators in use gained types and inputs, and changed in nothing that is used here.
     graph.opset_imports[""] = opset
     _name_dimensions(graph.graph, traced)
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     graph.metadata_props["hydrasurgery.target"] = target.name
-    graph.metadata_props["hydrasurgery.eos_token_ids"] = json.dumps(
-        [] if eos is None else eos if isinstance(eos, list) else [eos]
-    )
+    graph.metadata_props["hydrasurgery.eos_token_ids"] = json.dumps(end_tokens(model))
     limit = position_limit(model)
     if limit is not None:
         graph.metadata_props["hydrasurgery.position_limit"] = json.dumps(limit)

@@ -228,7 +228,7 @@ class RunFolder:
             raise CheckpointError(_unreadable(path, error)) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise CheckpointError(_unreadable(path, f"its format is not {FORMAT!r}"))
-        if state.get("version") != VERSION:
+        if shown(state.get("version")) != str(VERSION):
             raise CheckpointError(
                 f"{path} has version {shown(state.get('version'))}, not {VERSION}: another version of hydrasurgery wrote it, which "
                 "did not note what run it is of; go on with that version, or choose another folder"

@@ -10,7 +10,6 @@ import codecs
 import functools
 import itertools
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +243,7 @@ def _saved_tokens(path: Path) -> np.ndarray:
     """The tokens [N] of a `.npy` file that holds one run of them, or rows; mapped rather than read."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a header may be wrong in many ways: numpy raises tokenize.TokenError too
         raise DataError(f"{path}: cannot be read as a .npy file ({error}); save the tokens with numpy.save") from error
     if not isinstance(found, np.ndarray):
         raise DataError(f"{path}: is a .npz archive of several arrays; save the tokens alone with numpy.save")
