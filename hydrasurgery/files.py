@@ -191,7 +191,8 @@ def check_empty(path: Target) -> None:
     Raises:
         OutputError: naming the path.
     """
-    if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+    target = real_path(path)
+    if os.path.lexists(target) and not (target.is_dir() and not os.listdir(target)):
         raise OutputError(f"{path}: exists; give the name of a new or an empty folder")
 
 
@@ -280,7 +281,11 @@ def hidden(parent: Path) -> Iterator[Path]:
 
 
 def _sweep(parent: Path) -> None:
-    for entry in os.listdir(parent):
+    try:
+        entries = os.listdir(parent)
+    except PermissionError:  # a folder may take files and not be listed
+        return
+    for entry in entries:
         match = _HIDDEN.fullmatch(entry)
         lock = None if match is None else _lock(parent / entry)
         if match is not None and lock is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hydrasurgery.cli.stopping import stoppable
+from hydrasurgery.cli.signals import stoppable
 
 if TYPE_CHECKING:
     from hydrasurgery.cli.commands import COMMANDS as COMMANDS

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hydrasurgery.cli.stopping import hinting
+from hydrasurgery.cli.signals import hinting
 
 
 def demo(

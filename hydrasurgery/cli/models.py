@@ -25,7 +25,7 @@ from hydrasurgery.cli.shared import (
     refuse,
     wide_console,
 )
-from hydrasurgery.cli.stopping import hinting
+from hydrasurgery.cli.signals import hinting
 from hydrasurgery.decoders import check_length, end_tokens, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
 from hydrasurgery.files import atomic_write_json, check_new, json_text
@@ -94,9 +94,9 @@ def rewrite(
     from hydrasurgery.conversion import rewrite as rewrite_heads
     from hydrasurgery.evaluation import load_text
 
+    check_outputs([model, plan, calibrate_text], owned=[out])
     chosen = Plan.load(plan)
     text = None if calibrate_text is None else load_text(calibrate_text)
-    check_outputs([model, plan, calibrate_text], owned=[out])
     teacher = load_model(model)
     tokenizer = load_tokenizer(model, teacher)
     try:

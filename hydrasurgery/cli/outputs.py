@@ -42,7 +42,7 @@ def check_outputs(
         new_figure((1, 1))
     single = [*(path for path in files if path is not None), *drawn]
     whole = list(owned)
-    for check, paths in ((check_file, single), (check_owned, whole), (check_folder, folders)):
+    for check, paths in ((check_folder, folders), (check_file, single), (check_owned, whole)):
         for path in paths:
             check(path)
     _check_apart([*single, *whole])

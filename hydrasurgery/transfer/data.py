@@ -209,7 +209,7 @@ def check_file(path: Path) -> None:
     with path.open("rb") as stream:
         head = stream.read(_BLOCK)
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _BLOCK)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: is no text (byte {error.start} is not UTF-8); give a UTF-8 text file, or a .npy file"
