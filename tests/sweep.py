@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import StaticCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hydrasurgery as hs
@@ -65,7 +66,9 @@ def examine(model_type: str) -> Row:
         except UnsupportedModelError as error:
             row.verdict, row.reason = REFUSED, str(error)
             return row
-        row.checks.update({check.__name__: check(teacher, hybrid) for check in (linear, causal, cached, padded, saved)})
+        row.checks.update(
+            {check.__name__: check(teacher, hybrid) for check in (linear, causal, cached, static, padded, saved)}
+        )
     except Exception as error:
         row.reason = f"{type(error).__name__}: {error} ({traceback.extract_tb(error.__traceback__)[-1].name})"
         return row
@@ -142,6 +145,16 @@ def cached(teacher: nn.Module, hybrid: nn.Module) -> str:
     return found[0] or (found[1] and f"in pieces: {found[1]}" if not found[1].startswith("as ") else "")
 
 
+def static(teacher: nn.Module, hybrid: nn.Module) -> str:
+    """A cache of fixed size does as well."""
+
+    def both(model: Any) -> tuple[Tensor, Tensor]:
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        return in_pieces(model, (6, 1, 1, 1, 1, 1, 1), cache=cache), run(model, IDS)
+
+    return compared(both, hybrid, teacher)
+
+
 def padded(teacher: nn.Module, hybrid: nn.Module) -> str:
     """Padding on the left changes nothing."""
     ids, mask = _left_padded(hybrid)
@@ -191,9 +204,9 @@ def run(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
 
 
 @torch.no_grad()
-def in_pieces(model: nn.Module, sizes: tuple[int, ...], ids: Tensor = IDS) -> Tensor:
-    """Logits [B, T, vocabulary], so many tokens at a time, over the model's own cache."""
-    cache, parts = None, []
+def in_pieces(model: nn.Module, sizes: tuple[int, ...], ids: Tensor = IDS, cache: Any = None) -> Tensor:
+    """Logits [B, T, vocabulary], so many tokens at a time, over the model's own cache or the one given."""
+    parts: list[Tensor] = []
     for piece in ids.split(sizes, dim=1):
         seen = sum(part.shape[1] for part in parts) + piece.shape[1]
         out = model(
@@ -247,36 +260,39 @@ def _report(name: str, sender: Any) -> None:
     sender.send(examine(name))
 
 
+HEAD = """# Which models convert
+
+Of the {types} causal language model types of transformers {version}, {converts} convert and {refused} are refused at `capture`,
+before any work. `python -m tests.sweep` makes each type tiny, with random weights and a layer of every kind, runs it on a CPU and
+writes this page. A type converts if
+
+- with every head left as it is, the logits are the teacher's bit for bit: whole, left-padded, and token by token over a cache;
+- with half the heads linear, in float64: no token sees a later one; decoding over a cache, one token or several at a time, gives
+  what the whole sequence gives, and so does a static cache; padding on the left changes nothing; a saved hybrid comes back bit for
+  bit.
+
+Where a teacher does not hold to one of these itself, the table says so: its hybrid was not asked for more. Types that can be
+encoders are examined with `is_decoder=True`; set to attend in both directions, any type is refused. A type that reads images or
+sound is examined on text. A type that cannot be built here (gemma3n needs timm; transformers refuses its own gemma4_assistant) is
+judged by its config.
+
+| type | class | verdict | remarks |
+|---|---|---|---|
+"""
+
+
 def page(rows: list[Row]) -> str:
     """docs/models.md."""
     counts = Counter(row.verdict for row in rows)
-    lines = [
-        "# Which models convert",
-        "",
-        f"Of the {len(rows)} causal language model types of transformers {transformers.__version__}, {counts[CONVERTS]} convert "
-        f"and {counts[REFUSED]} are refused at `capture`, before any work. `python -m tests.sweep` makes each type tiny, with "
-        "random weights "
-        "and a layer of every kind, runs it on a CPU and writes this page. A type converts if",
-        "",
-        "- with every head left as it is, the logits are the teacher's bit for bit: whole, left-padded, and token by token "
-        "over a cache;",
-        "- with half the heads linear, in float64: no token sees a later one; decoding over a cache, one token or several at a "
-        "time, gives "
-        "what the whole sequence gives; padding on the left changes nothing; a saved hybrid comes back bit for bit.",
-        "",
-        "Where a teacher does not hold to one of these itself, the table says so: its hybrid was not asked for more. Types that "
-        "can be "
-        "encoders are examined with `is_decoder=True`; set to attend in both directions, any type is refused. A type that reads "
-        "images or sound is examined on text.",
-        "",
-        "| type | class | verdict | remarks |",
-        "|---|---|---|---|",
-    ]
+    lines = []
     for row in sorted(rows, key=lambda row: row.model_type):
         remarks = row.reason or "; ".join(_remark(name, found) for name, found in row.checks.items() if found)
         cells = (row.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.model_type], row.verdict, remarks)
-        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |\n")
+    head = HEAD.format(
+        types=len(rows), version=transformers.__version__, converts=counts[CONVERTS], refused=counts[REFUSED]
+    )
+    return head + "".join(lines)
 
 
 def _remark(check: str, found: str) -> str:

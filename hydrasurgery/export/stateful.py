@@ -212,8 +212,7 @@ def _check_positions(model: nn.Module) -> None:
         if any("dynamic" in str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
             raise ExportError(
                 f"{name} of {type(model).__name__} computes its rotary frequencies anew as sequences grow (rope_type 'dynamic'), "
-                "which "
-                "a program for every length cannot; load the model with other rope_parameters ('linear' or 'yarn')"
+                "which a program for every length cannot; load the model with other rope_parameters ('linear' or 'yarn')"
             )
 
 

@@ -199,9 +199,8 @@ def _check_owners(model: nn.Module, watch: _Watch) -> None:
     missing = sorted(set(all_owners) - set(names))
     if missing:
         raise UnsupportedModelError(
-            f"{missing[0]} is an attention module that makes no attention call when the model reads tokens only "
-            "(cross attention?): "
-            "not supported"
+            f"{missing[0]} is an attention module that makes no attention call when the model reads tokens alone "
+            "(cross attention?): not supported"
         )
 
 
@@ -223,8 +222,7 @@ def _check_cache(model: nn.Module, regions: list[Region]) -> None:
         if index < len(own) and not replaceable(own[index]):
             raise UnsupportedModelError(
                 f"{region.name}: the model keeps a {type(own[index]).__name__} there, attention and other states in one, "
-                "which a hybrid "
-                "cannot replace"
+                "which a hybrid cannot replace"
             )
 
 

@@ -190,18 +190,14 @@ def free_dtype(graph: fx.Graph) -> None:
 
 def free_device(graph: fx.Graph) -> None:
     """Make new tensors where the hidden states are, which need not be the device of the capture."""
+    placed = [
+        n for n in graph.nodes if any(isinstance(x, torch.device) for x in pytree.tree_leaves((n.args, n.kwargs)))
+    ]
+    if not placed:
+        return
     source = next(n for n in graph.nodes if n.meta.get("role") == HIDDEN)
-    device: fx.Node | None = None
-    for node in list(graph.nodes):
-        if not any(isinstance(x, torch.device) for x in pytree.tree_leaves((node.args, node.kwargs))):
-            continue
-        if device is None:
-            with graph.inserting_after(source):
-                device = graph.call_function(getattr, (source, "device"))
-            device.meta["shape"] = ()
-        node.args, node.kwargs = _on_device((node.args, node.kwargs), device)
-
-
-def _on_device(values: Any, device: Any) -> Any:
-    """The values with `device` in the place of every device."""
-    return pytree.tree_map_only(torch.device, lambda _: device, values)
+    with graph.inserting_after(source):
+        device = graph.call_function(getattr, (source, "device"))
+    device.meta["shape"] = ()
+    for node in placed:
+        node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))

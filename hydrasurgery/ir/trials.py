@@ -160,7 +160,6 @@ def _takes_each_token_by_itself(region: Region, call: dict[str, Any]) -> None:
     whole, last = (_tokens(region, run, given) for given in (call, _part(call, LATER, FEW)))
     if _differ(last, whole[:, LATER : LATER + FEW]):
         raise UnsupportedModelError(
-            f"{region.name} mixes tokens, or counts them, outside of its attention: what it does to a token "
-            "depends on those before it, "
-            "which a cache of keys and values does not hold"
+            f"{region.name} mixes tokens, or counts them, outside of its attention: what it does to a token depends on those "
+            "before it, which a cache of keys and values does not hold"
         )
