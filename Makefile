@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-hostile lint clean
+.PHONY: demo test test-hostile test-transformers lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,10 +21,15 @@ test: $(VENV)/installed
 test-hostile: $(VENV)/installed
 	$(RUN) -m pytest -n 2 -m "slow or not slow" tests/hostile $(ARGS)
 
+# transformers' own tests of models, on hybrids beside their teachers; fetched from PyPI, in minutes.
+test-transformers: $(VENV)/installed
+	$(RUN) -m pip install -q -c constraints.txt parameterized setuptools wheel
+	$(RUN) -m tests.transformers_suite -n 2 $(ARGS)
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p hydrasurgery
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .transformers-tests

@@ -257,13 +257,15 @@ def _in_place_of(layer: Any, index: int) -> States:
     """Our layer for one of transformers' that has seen no token."""
     kind = type(layer)
     if kind not in _OURS:
-        why = (
-            "the model keeps it there, whose states a hybrid cannot replace; models with state-space or linear layers of their own "
-            "run without a cache only (use_cache=False)"
-            if isinstance(layer, LinearAttentionCacheLayerMixin)
-            else "a hybrid cannot fill it; give a DynamicCache or a StaticCache"
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise UnsupportedModelError(
+                f"layer {index}: the model keeps a {kind.__name__} there, whose states a hybrid cannot replace; "
+                "models with state-space or linear layers of their own run without a cache only (use_cache=False)"
+            )
+        raise UnsupportedModelError(
+            f"layer {index}: the cache has a {kind.__name__} there, which a hybrid cannot fill; "
+            "give a DynamicCache or a StaticCache"
         )
-        raise UnsupportedModelError(f"layer {index}: the cache has a {kind.__name__} there: {why}")
     if layer.get_seq_length():
         raise UnsupportedModelError(
             f"layer {index}: the cache holds tokens that this hybrid has not seen; start a new one"
