@@ -15,7 +15,7 @@ from tests.sweep import CONVERTS, PAGE, REFUSED, distance, examine, in_pieces, p
 from tests.zoo import TYPES, tiny_model
 
 LISTED = PAGE.read_text(encoding="utf-8")
-ROWS = dict(re.findall(r"^\| ([\w-]+) \| \w+ \| (\w+) \|", LISTED, re.M))
+ROWS = dict(re.findall(rf"^\| ([\w-]+) \| \w+ \| ({CONVERTS}|{REFUSED}) \|", LISTED, re.M))
 HALF = 8  # frequencies of a head
 
 

@@ -28,7 +28,7 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stopping() -> Iterator[None]:
     """The first signal of `SIGNALS` in the block raises `Stopped` there, with which the process ends.
 
     A signal that the process was started to ignore (as `nohup` and shells do for what runs in the background) stays ignored.

@@ -11,7 +11,7 @@ from pathlib import Path
 import transformers
 
 PACKAGE = "transformers_tests"  # their `tests`, under a name that is not ours
-# What test_modeling_common.py imports and the source distribution leaves out (it packs no folders of that folder).
+# What test_modeling_common.py imports and the source distribution leaves out, which packs no folders inside of `tests`.
 ABSENT = {
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
