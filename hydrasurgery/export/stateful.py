@@ -8,7 +8,7 @@ recurrent states, in the order of `slots`. `trace` gives its `torch.export` prog
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from hydrasurgery.decoders import evaluating, takes
 from hydrasurgery.errors import ExportError, UnsupportedModelError
 from hydrasurgery.inference.cache import HybridLayer
 from hydrasurgery.ir.interface import refuse_known, using_hydra_attention
+from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.ir.turns import in_turn
 
 GROWING = ("key", "value")  # states whose dimension 2 is the number of tokens seen; the others have a constant size
@@ -74,6 +75,7 @@ class StatefulDecoder(nn.Module):
         super().__init__()
         self.model, self.slots = model, slots
         self._positions = takes(model, "position_ids")
+        self._hybrid: set[Any] = {module.layer_idx for module in region_modules(model).values()}
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: tuple[Tensor, ...] = ()
@@ -85,17 +87,22 @@ class StatefulDecoder(nn.Module):
         if self.slots is None:
             return (self.model(**inputs, use_cache=False).logits,)
         seen = attention_mask.shape[1] - input_ids.shape[1]
-        cache = _fill(self.slots, past, seen)
+        cache = _fill(self.slots, past, seen, self._hybrid)
         logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits
         return (logits, *(_read(cache.layers[slot.layer], slot.kind) for slot in self.slots))
 
 
-def _fill(slots: tuple[Slot, ...], past: tuple[Tensor, ...], seen: int) -> Any:
-    """A cache that holds `past`. Layers with a sliding window keep all keys: the mask does the sliding."""
+def _fill(slots: tuple[Slot, ...], past: tuple[Tensor, ...], seen: int, hybrid: Collection[int]) -> Any:
+    """A cache that holds `past`, whose layers of the numbers `hybrid` belong to regions.
+
+    Layers with a sliding window keep all keys: the mask does the sliding.
+    """
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     cache: Any = DynamicCache()
-    cache.layers = [HybridLayer() for _ in range(1 + max(slot.layer for slot in slots))]
+    count = 1 + max(slot.layer for slot in slots)
+    cache.layers = [HybridLayer() if number in hybrid else DynamicLayer() for number in range(count)]
     for slot, value in zip(slots, past, strict=True):
         layer = cache.layers[slot.layer]
         if slot.growing:
@@ -104,7 +111,7 @@ def _fill(slots: tuple[Slot, ...], past: tuple[Tensor, ...], seen: int) -> Any:
         else:
             layer.states[slot.kind] = value
     for layer in cache.layers:
-        if not layer.is_initialized:
+        if isinstance(layer, HybridLayer) and not layer.is_initialized:
             layer.advance(seen)
     return cache
 
