@@ -150,7 +150,7 @@ def test_new_tensors_follow_the_hybrid_to_another_device() -> None:
     assert hs.rewrite(plain, plan_of(plain)("full", "linear")).to("meta")(ids.to("meta")).is_meta
     model = tiny_model("recurrent_gemma")
     hybrid = hs.rewrite(model, plan_of(model)("full", "linear"))
-    assert not any("device(" in str(region) for region in hs.regions(hybrid))
+    assert not any("device(type=" in str(region) for region in hs.regions(hybrid))
     assert ", 'device')" in str(hs.regions(hybrid)[0])
 
 
