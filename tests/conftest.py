@@ -5,8 +5,9 @@ Both are settled before torch and triton are first imported.
 
 import os
 
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+if WORKERS is not None:  # in the process that starts the workers it is not set: what is set there they would inherit
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(WORKERS))))
 
 import torch  # noqa: E402
 
