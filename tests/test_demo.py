@@ -68,6 +68,8 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     first, again, other = (draw(source, step, stage, 0).inputs["input_ids"] for step in (3, 3, 4))
     assert (first == again).all()
     assert (first != other).any()
+    steps = [draw(source, step, stage, 0, index=1) for step in range(40)]  # one of them has rows of text only
+    assert all(step.mask.all() for step in steps)
 
 
 def test_the_export_gives_the_text_of_the_saved_model(tmp_path: Path) -> None:

@@ -41,7 +41,10 @@ PROMPT, CONTINUATION = 48, 32  # tokens
 
 @dataclass(frozen=True)
 class Mixture:
-    """The teacher's own mixture of needles, dense recall and text; a batch depends on nothing but (seed, stage, step)."""
+    """The teacher's own mixture of needles, dense recall and text, whose every token the hybrid follows the teacher on.
+
+    A batch depends on nothing but (seed, stage, step).
+    """
 
     tokenizer: PreTrainedTokenizerBase
     text_ids: Tensor
@@ -49,10 +52,8 @@ class Mixture:
     def batch(self, step: int, stage: Stage, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Batch `step` of `stage`; see `hydrasurgery.transfer.BatchSource`."""
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        ids, labels = training_batch(
-            self.tokenizer, self.text_ids, stage.length, stage.batch_size * stage.length, (seed,)
-        )
-        return {"input_ids": ids, "labels": labels}
+        ids, _ = training_batch(self.tokenizer, self.text_ids, stage.length, stage.batch_size * stage.length, (seed,))
+        return {"input_ids": ids}
 
 
 @dataclass(frozen=True)

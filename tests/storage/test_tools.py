@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -26,19 +25,7 @@ from transformers import (
 
 from hydrasurgery import stored
 from hydrasurgery.demo.teacher import load_teacher
-from tests.test_storage import IDS, hybrid_of, logits, small
-
-
-@pytest.fixture(scope="module")
-def hybrid() -> Any:
-    return hybrid_of(small("qwen3"))
-
-
-@pytest.fixture(scope="module")
-def folder(hybrid: Any, tmp_path_factory: Any) -> Path:
-    path = tmp_path_factory.mktemp("hybrid")
-    hybrid.save_pretrained(path)
-    return path
+from tests.storage.models import IDS, hybrid_of, logits, small
 
 
 def test_the_file_is_a_form_of_its_own_and_the_object_is_like_its_base(hybrid: Any, folder: Path) -> None:

@@ -28,20 +28,8 @@ from hydrasurgery import stored
 from hydrasurgery.errors import CheckpointError, UnsupportedModelError
 from hydrasurgery.loading import load_model
 from hydrasurgery.trust import check_config
+from tests.storage.models import hybrid_of, logits, small
 from tests.test_families import half_plan
-from tests.test_storage import hybrid_of, logits, small
-
-
-@pytest.fixture(scope="module")
-def hybrid() -> Any:
-    return hybrid_of(small("qwen3"))
-
-
-@pytest.fixture(scope="module")
-def folder(hybrid: Any, tmp_path_factory: Any) -> Path:
-    path = tmp_path_factory.mktemp("hybrid")
-    hybrid.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

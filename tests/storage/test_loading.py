@@ -24,42 +24,9 @@ from transformers import (
 import hydrasurgery as hs
 from hydrasurgery.errors import CheckpointError
 from hydrasurgery.loading import load_model
-from tests.families import SMALL, tiny
-from tests.test_families import half_plan, stir
-
-IDS = torch.arange(3, 35).view(2, 16)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model.eval()(ids, use_cache=False).logits
-
-
-@torch.no_grad()
-def states(model: Any) -> torch.Tensor:
-    return model.eval()(IDS, use_cache=False).last_hidden_state
-
-
-def small(family: str, **changes: Any) -> Any:
-    """A model of one layer: what is asked here of a layer is the same of each."""
-    return tiny(family, num_hidden_layers=1, **{"n_layer": 1, **changes} if family == "gpt2" else changes)
-
-
-def hybrid_of(model: Any) -> Any:
-    return stir(hs.rewrite(model, half_plan(model))).eval()
-
-
-@pytest.fixture(scope="module")
-def hybrid() -> Any:
-    return hybrid_of(small("qwen3"))
-
-
-@pytest.fixture(scope="module")
-def folder(hybrid: Any, tmp_path_factory: Any) -> Path:
-    path = tmp_path_factory.mktemp("hybrid")
-    hybrid.save_pretrained(path)
-    return path
-
+from tests.families import SMALL
+from tests.storage.models import IDS, hybrid_of, logits, small, states
+from tests.test_families import half_plan
 
 # --- ways to load -----------------------------------------------------------------------------------------------------
 
