@@ -58,7 +58,7 @@ def run_pipeline(
     """
     given = list(regions)
     todo = parse(passes) if isinstance(passes, str) else tuple(passes)
-    shapes, drafts, changing = ShapeInference(), list[Region](), set[int]()
+    shapes, drafts, changing = ShapeInference.shared(), list[Region](), set[int]()
     for region in given:
         draft = region.draft()
         changing |= _run(draft, todo, shapes, dump, tolerance)

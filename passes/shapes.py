@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,7 @@ SYMBOLS = {
 
 
 class ShapeInference:
-    """Fake runs of regions. Equal nodes are run once, however many layers have them and however often they come back.
+    """Fake runs of regions. Equal nodes are run once, however many layers and models have them and however often they come back.
 
     Example:
         >>> from hydrasurgery.demo.teacher import load_teacher
@@ -35,7 +35,21 @@ class ShapeInference:
         ('B', 'T', 16, 16)
     """
 
+    _shared: ClassVar[dict[Any, ShapeInference]] = {}
+    _LARGE = 10_000  # what it may know before it begins anew
+
+    @classmethod
+    def shared(cls) -> ShapeInference:
+        """The process's own, of the defaults and modes that are set now: what a run of passes has found serves the next."""
+        set_now = (torch.get_default_dtype(), torch.get_default_device(), torch.is_inference_mode_enabled())
+        casts = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda"))
+        known = cls._shared.get((set_now, casts))
+        if known is None or known._failed or len(known._known) > cls._LARGE:
+            known = cls._shared[set_now, casts] = cls()
+        return known
+
     def __init__(self) -> None:
+        self._failed = False  # a symbol may have become a number
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._mode.cache_enabled = False  # results are remembered here, by node
@@ -60,12 +74,16 @@ class ShapeInference:
             Exception: what a node raises.
         """
         values: dict[fx.Node, Any] = {}
-        with enable_python_dispatcher(), self._mode, torch.no_grad():  # C++ would take the hints for sizes
-            for node in region.graph.nodes:
-                if node.op == "output":
-                    continue
-                values[node] = self._value(region, node, values)
-                self._check_free(node)
+        try:
+            with enable_python_dispatcher(), self._mode, torch.no_grad():  # C++ would take the hints for sizes
+                for node in region.graph.nodes:
+                    if node.op == "output":
+                        continue
+                    values[node] = self._value(region, node, values)
+                    self._check_free(node)
+        except BaseException:
+            self._failed = True
+            raise
         for node, value in values.items():
             node.meta["val"] = value
             node.meta["shape"] = tuple(map(self._name, value.shape)) if isinstance(value, Tensor) else None

@@ -18,21 +18,16 @@ HYBRIDS = """
 llama qwen2 qwen3 mistral mixtral olmo2 phi phi3 gemma2 gemma3_text gpt2 gpt_neox cohere2 granite smollm3 glm4 exaone4 opt
 """.split()
 IDS = torch.arange(3, 27).view(2, 12)
+_LAYERS: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # of models that differ in their weights only
 
 
 def half_plan(model: torch.nn.Module, kinds: tuple[str, ...] = ("full", "linear", "linear", "full")) -> Plan:
     """Two of four heads linear in every layer, or the kinds given."""
-    layers = [
-        LayerPlan(
-            name=r.name,
-            kinds=kinds,
-            num_key_value_heads=r.num_key_value_heads,
-            head_dim=r.head_dim,
-            value_dim=r.value_dim,
-            window=r.window,
-        )
-        for r in hs.capture(model)
-    ]
+    key = (type(model), str(getattr(model, "config", "")), *((n, type(m)) for n, m in model.named_modules()))
+    if key not in _LAYERS:
+        names = ("name", "num_key_value_heads", "head_dim", "value_dim", "window")
+        _LAYERS[key] = [{name: getattr(region, name) for name in names} for region in hs.capture(model)]
+    layers = [LayerPlan(kinds=kinds, **layer) for layer in _LAYERS[key]]
     return Plan(layers=tuple(layers), unit="head", strategy="given", min_full_per_layer=min(1, kinds.count("full")))
 
 

@@ -37,10 +37,13 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 class Exact(TorchFunctionMode):
-    """`x.float()` gives fp64: models of transformers round their tables to fp32, so that places far apart differ by that."""
+    """fp32 asked for is fp64 given: models of transformers round their tables, so that places far apart differ by that."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0].double() if func is Tensor.float else func(*args, **(kwargs or {}))
+        if func is Tensor.float:
+            return args[0].double()
+        asked = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return func(*args, **asked)
 
 
 def exactly_turning(family: str, rope: str = "default") -> Any:
