@@ -50,7 +50,10 @@ def device_of(name: str) -> torch.device:
 Device = Annotated[
     torch.device,
     typer.Option(
-        parser=device_of, metavar="DEVICE", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+        "--device",
+        parser=device_of,
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.",
     ),
 ]
 AUTO: Any = "auto"  # what a Device is if it is not given, before it is parsed

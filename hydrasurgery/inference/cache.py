@@ -96,6 +96,8 @@ class HybridLayer(States, DynamicLayer):
         return self.tokens or super().get_seq_length()
 
     def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False  # else some versions of transformers would keep counting tokens that are zeros now
         super().reset()
         self._begin()
 
