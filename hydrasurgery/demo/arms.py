@@ -116,6 +116,7 @@ def run_arms(arms: Sequence[Arm], folder: Path, console: Console) -> list[Arm]:
                 name, step, note = news.get()
                 progress.start_task(bars[name])
                 progress.update(bars[name], completed=step, note=note)
+        pool.shutdown()  # workers that have nothing left to do end in order
         return [job.result() for job in jobs]
 
 
