@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ def fresh() -> Any:
     torch._dynamo.reset()
 
 
+@functools.cache
 def make(family: str) -> Any:
+    """A hybrid shared by the tests, which leave its parameters as they are."""
     model = tiny(family, num_hidden_layers=1)
     if family == "mixtral":  # the gradients of transformers' grouped products do not compile with PyTorch 2.11
         model.set_experts_implementation("batched_mm")
@@ -45,30 +48,38 @@ def tokens(length: int) -> torch.Tensor:
     return torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(length))
 
 
+def of_any_length(x: torch.Tensor) -> torch.Tensor:
+    """Have the first compilation leave the length free; one that needs it fixed fails."""
+    torch._dynamo.mark_dynamic(x, 1)
+    return x
+
+
 @pytest.mark.parametrize("family", BACKEND_FAMILIES)
 def test_forward_and_training_equal_eager(family: str) -> None:
     hybrid = make(family)
-    run, counter = compiled(hybrid)
+    # Training goes through AOTAutograd in every family; inference, whose graph is a part of training's, in two.
+    run, counter = compiled(hybrid, "aot_eager" if family in ("qwen3", "gemma3_text") else "eager")
     with torch.no_grad():
         for length in (12, 7, 130, 33, 64):
-            ids = tokens(length)
-            mask = torch.ones_like(ids)
+            ids = of_any_length(tokens(length))
+            mask = of_any_length(torch.ones_like(ids))
             mask[0, :3] = 0
             call = {"attention_mask": mask, "use_cache": False}
             assert torch.allclose(run(ids, **call).logits, hybrid(ids, **call).logits, atol=1e-5)
-    assert counter.frame_count <= 2  # one graph for the first length, one for all others
+    assert counter.frame_count == 1  # for every length
     torch._dynamo.reset()
-    run, counter = compiled(hybrid.train())
+    trained = copy.deepcopy(hybrid).train()
+    run, counter = compiled(trained)
     for length in (12, 33):
         gradients = []
-        for model in (run, hybrid):
-            hybrid.zero_grad()
-            model(tokens(length), use_cache=False).logits.square().mean().backward()
-            gradients.append({n: p.grad.clone() for n, p in hybrid.named_parameters() if p.grad is not None})
+        for model in (run, trained):
+            trained.zero_grad()
+            model(of_any_length(tokens(length)), use_cache=False).logits.square().mean().backward()
+            gradients.append({n: p.grad.clone() for n, p in trained.named_parameters() if p.grad is not None})
         assert gradients[0].keys() == gradients[1].keys()
         for name, gradient in gradients[0].items():
             assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
-    assert counter.frame_count <= 2
+    assert counter.frame_count == 1
 
 
 def test_it_is_found_by_name_and_inductor_gives_the_same_numbers() -> None:
@@ -102,7 +113,8 @@ def test_only_masks_that_are_causal_are_dropped() -> None:
     ids = {"input_ids": tokens(12)}
     more = {"input_ids": tokens(17)}
     hybrid = make("qwen3")
-    assert attention_masks(hybrid, ids, more) == [0, 0]
+    # The second length is compiled for all others.
+    assert attention_masks(hybrid, ids, more, {"input_ids": tokens(33)}) == [0, 0]
     torch._dynamo.reset()
     assert attention_masks(hybrid, ids, pipeline="") == [1]
     torch._dynamo.reset()
@@ -114,7 +126,7 @@ def test_only_masks_that_are_causal_are_dropped() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projections_of_few_tokens_are_sums(dtype: torch.dtype) -> None:
-    hybrid = make("qwen3").to(dtype)
+    hybrid = copy.deepcopy(make("qwen3")).to(dtype)
     counts = []
 
     def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -183,10 +195,10 @@ def test_sums_are_of_fp32() -> None:
 
 def test_a_decoding_layer_launches_less_than_by_inductor_alone() -> None:
     kinds = ("linear", "linear", "full", "full")
-    ours, theirs = (a_layer(kinds, backend) for backend in ("hydra", "inductor"))
+    ours, theirs = (a_layer(kinds, backend, 2) for backend in ("hydra", "inductor"))
     assert [x["aten.mm"] + x["aten.addmm"] for x in (theirs, ours)] == [10, 0]
     assert ours.total() <= theirs.total() - 2
-    assert a_layer(("linear",) * 4, "hydra").total() <= a_layer(("full",) * 4, "hydra").total()
+    assert a_layer(("linear",) * 4, "hydra", 2).total() <= a_layer(("full",) * 4, "hydra", 2).total()
 
 
 @pytest.mark.parametrize(

@@ -40,15 +40,16 @@ TARGETS = {
     "onnxruntime": Target("onnxruntime", 23, "com.microsoft"),
     "opset27": Target("opset27", 27, ""),
 }
-# While a graph is being built its opset is older than 27: the operators of 27 stand in a domain of their own until the end.
-PENDING = "pending27"
+CONTRIB = TARGETS["onnxruntime"].domain
 
 
 @dataclass
 class Lowering:
-    """Translations for one target; `fallbacks` counts the decompositions, by what they were for."""
+    """Translations, the same for every target; `fallbacks` counts the decompositions, by what they were for.
 
-    target: Target
+    LinearAttention and CausalConvWithState stand in ONNX Runtime's domain `CONTRIB` until a graph is addressed to a target.
+    """
+
     fallbacks: Counter[str] = field(default_factory=Counter)
 
     def table(self) -> dict[Any, Callable[..., Any]]:
@@ -206,19 +207,18 @@ class Lowering:
         return op.Transpose(y, perm=[0, 2, 1]), present
 
     def _operator(self, name: str) -> Any:
-        """The operator `name` as the target calls it, with the signature that ONNX gave it in opset 27."""
-        domain = self.target.domain or PENDING
+        """The operator `name` of `CONTRIB`, with the signature that ONNX gave it in opset 27."""
         known = onnx.defs.get_schema(name, 27, "")
         schema = onnx.defs.OpSchema(
             name,
-            domain,
+            CONTRIB,
             1,
             inputs=list(known.inputs),
             outputs=list(known.outputs),
             type_constraints=[(t.type_param_str, t.allowed_type_strs, t.description) for t in known.type_constraints],
             attributes=list(known.attributes.values()),
         )
-        return values.Op(values.Opset(domain, 1), name, schema)
+        return values.Op(values.Opset(CONTRIB, 1), name, schema)
 
     @staticmethod
     def token_positions(valid: Any, reset: Any, seen: Any) -> tuple[Any, Any]:

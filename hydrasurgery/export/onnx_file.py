@@ -89,31 +89,51 @@ def export_onnx(
         UnsupportedModelError: an architecture that this library refuses.
         ImportError: the extra `onnx` is not installed.
     """
-    lowering = _lowering(target)
-    opset = _check_opset(lowering.target, opset)
+    known = _target(target)
+    opset = _check_opset(known, opset)
     path = Path(path)
     _check_dtype(model)
     with new_files(path, path.with_name(f"{path.name}.data")) as folder:
-        traced = trace(model, cache)
-        graph = _convert(type(model).__name__, traced, lowering)
-        _finish(graph, traced, lowering.target, opset, model)
-        _save(graph, folder / path.name, external_data)
+        drawn = draw(model, cache)
+        _address(drawn.graph, known, opset)
+        _save(drawn.graph, folder / path.name, external_data)
         size = sum(file.stat().st_size for file in folder.iterdir())
-    states = tuple(slot.past for slot in traced.slots or ())
-    written = OnnxExport(path, target, opset, size, states, dict(lowering.fallbacks))
+    written = OnnxExport(path, target, opset, size, drawn.states, drawn.fallbacks)
     if verbose:
         print(written)
     return written
 
 
-def _lowering(target: str) -> Any:
+@dataclass(frozen=True)
+class Drawn:
+    """A decoder as an onnx_ir model that every target shares, and what `OnnxExport` tells of it."""
+
+    graph: Any
+    states: tuple[str, ...]
+    fallbacks: dict[str, int]
+
+
+def draw(model: Any, cache: bool) -> Drawn:
+    """All of an export that does not depend on its target, which is nearly all of its time.
+
+    Raises: as `export_onnx`.
+    """
+    from hydrasurgery.export.lowering import Lowering
+
+    traced, lowering = trace(model, cache), Lowering()
+    graph = _convert(type(model).__name__, traced, lowering)
+    _finish(graph, traced, model)
+    return Drawn(graph, tuple(slot.past for slot in traced.slots or ()), dict(lowering.fallbacks))
+
+
+def _target(name: str) -> Any:
     try:
-        from hydrasurgery.export.lowering import TARGETS, Lowering
+        from hydrasurgery.export.lowering import TARGETS
     except ImportError as error:
         raise ImportError(f"export to ONNX needs the extra onnx ({error}): pip install 'hydrasurgery[onnx]'") from error
-    if target not in TARGETS:
-        raise ExportError(f"no target is called {target!r}; known: {', '.join(TARGETS)}")
-    return Lowering(TARGETS[target])
+    if name not in TARGETS:
+        raise ExportError(f"no target is called {name!r}; known: {', '.join(TARGETS)}")
+    return TARGETS[name]
 
 
 def _check_opset(target: Any, opset: int | None) -> int:
@@ -146,7 +166,7 @@ def _convert(name: str, traced: Traced, lowering: Any) -> Any:
         if getattr(node.target, "namespace", None) == "hydra" and node.target not in table
     )
     if strange:
-        raise ExportError(f"{name}: target {lowering.target.name} cannot express {strange[0]}")
+        raise ExportError(f"{name}: ONNX cannot express {strange[0]}")
     slots = traced.slots or ()
     try:
         with _quiet():
@@ -184,29 +204,35 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _finish(graph: Any, traced: Traced, target: Any, opset: int, model: Any) -> None:
-    """Name the free dimensions, drop the notes on where each node came from, set the opset, say what the file is."""
-    from hydrasurgery.export.lowering import PENDING
-
+def _finish(graph: Any, traced: Traced, model: Any) -> None:
+    """Name the free dimensions, drop the notes on where each node came from, say what the model is."""
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-        if node.domain == PENDING:
-            node.domain = target.domain
         for value in node.outputs:
             value.metadata_props.clear()
     _equal_types(graph.graph)
-    graph.opset_imports.pop(PENDING, None)
-    # From 23 on the operators in use gained types and inputs, and changed in nothing that is used here.
-    graph.opset_imports[""] = opset
     _name_dimensions(graph.graph, traced)
-    graph.metadata_props["hydrasurgery.target"] = target.name
     graph.metadata_props["hydrasurgery.eos_token_ids"] = json.dumps(end_tokens(model))
     limit = position_limit(model)
     if limit is not None:
         graph.metadata_props["hydrasurgery.position_limit"] = json.dumps(limit)
     graph.metadata_props["hydrasurgery.model"] = type(model).__name__
     graph.producer_name = "hydrasurgery"
+
+
+def _address(graph: Any, target: Any, opset: int) -> None:
+    """Set the opset and the domain of the target's own operators."""
+    from hydrasurgery.export.lowering import CONTRIB
+
+    if target.domain != CONTRIB:
+        for node in graph.graph.all_nodes():
+            if node.domain == CONTRIB:
+                node.domain = target.domain
+        graph.opset_imports.pop(CONTRIB, None)
+    # From 23 on the operators in use gained types and inputs, and changed in nothing that is used here.
+    graph.opset_imports[""] = opset
+    graph.metadata_props["hydrasurgery.target"] = target.name
 
 
 def _equal_types(graph: Any) -> None:
