@@ -1,19 +1,22 @@
-"""Compiles every Triton kernel for GPUs, without one: `env -u TRITON_INTERPRET python -m tests.compile_kernels`.
+"""Compiles every Triton kernel for GPUs, without one: `env -u TRITON_INTERPRET python -m tests.compile_kernels [MODULE...]`.
 
 Triton's interpreter, which the other tests use, sees no types: a variable that is bf16 in one branch and fp32 in the other is an
 error only to the compiler. Here the modules' own `forward` and `backward` are called on meta tensors. Triton asks a hook before it
 compiles what they launch; the hook notes each request and lets nothing run. Then what was noted is compiled, each request once.
+
+The compiler goes as far as a request has something new to show. All of them are checked for types and for the memory that they
+share. What is new to a card, an operation on values of some types and layouts, is also brought to LLVM, where operations are
+replaced one by one. A kernel without matrix products is the same program for every card.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from hydrasurgery import kernels
@@ -48,7 +52,7 @@ def linear_attention() -> None:
     half, single = DTYPES
     sizes = [(half, 64, 64), (half, 128, 128), (half, 256, 256), (half, 64, 128), (single, 64, 64), (single, 128, 128)]
     card = driver.active.get_current_device()
-    for (dtype, keys, values), packed in product(sizes, (False, True)):
+    for (dtype, keys, values), packed in product(sizes, (True, False)):
         case = Case(BACKWARD, dtype, (("K", keys), ("V", values)), frozenset({"gated_delta"}))
         machine = Machine("cuda", divmod(card, 10), frozenset({("triton", triton.__version__)}))
         if not choose("linear_attention", case, machine).implementation.name.startswith("triton"):
@@ -101,13 +105,13 @@ def causal_conv() -> None:
         conv.backward(*conv.forward(x, weight, state, reset, previous), x, weight, state, reset, previous)
 
 
-CALLS: tuple[Callable[[], None], ...] = (
-    linear_attention,
-    scale_norm_fusion,
-    decode_step,
-    attention_of_one_query,
-    causal_conv,
-)
+CALLS: dict[str, Callable[[], None]] = {
+    "linear_attention": linear_attention,
+    "scale_norm_fusion": scale_norm_fusion,
+    "decode_step": decode_step,
+    "attention": attention_of_one_query,
+    "causal_conv": causal_conv,
+}
 
 
 # --- how -----------------------------------------------------------------------------------------------------------------------
@@ -157,76 +161,161 @@ class Request(NamedTuple):
         return f"{self.module}:{self.name}[{constants}] for {self.capability / 10}"
 
 
-def requests(capability: int) -> list[Request]:
-    """What `CALLS` would have compiled on such a card."""
+def requests(capability: int, modules: list[str]) -> list[Request]:
+    """What `CALLS` would have compiled on such a card, of the kernels in these modules."""
     noted: dict[Request, None] = {}
 
     def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        noted[Request(capability, fn.module, fn.name, compile["specialization_data"])] = None
+        if fn.module in modules:
+            noted[Request(capability, fn.module, fn.name, compile["specialization_data"])] = None
         return True  # True: neither compile nor launch
 
     driver.set_active(Card(capability))
     triton_walks._holds_maps = lambda device: capability == 90
     triton.knobs.runtime.jit_cache_hook = note
     with torch.device("meta"):
-        for call in CALLS:
-            call()
+        for op, call in CALLS.items():
+            if any(module.split(".")[-2] == op for module in modules):
+                call()
     triton.knobs.runtime.jit_cache_hook = None
     return list(noted)
 
 
-def failure(request: Request) -> str | None:
-    """The compiler's message, if it has one."""
-
-    def nothing(module: object, metadata: dict[str, Any]) -> bytes:
-        metadata.update({"name": request.name, "shared": 0} | metadata)
-        return b""
-
-    def end(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
-        """Triton's hook, called twice: with the stages, to change them; bare, for what the cache's key has to add."""
-        if stages is not None:
-            names = list(stages)
-            stages.update(dict.fromkeys(names[names.index(LAST) + 1 :], nothing))
-        return LAST, LAST
-
-    driver.set_active(Card(request.capability))
-    triton.knobs.runtime.add_stages_inspection_hook = end
-    try:
-        shared = request.kernel.preload(request.specialization).metadata.shared
-    except Exception as error:  # whatever it is, it is the kernel's
-        return f"{type(error).__name__}: {error}"
-    given = SHARED[request.capability]
-    return f"{shared} bytes of shared memory, of {given}" if shared > given else None
+class SharedMemory(Exception):
+    """Ends a compilation as soon as the program has its shared memory; holds the bytes."""
 
 
-def forgotten(noted: list[Request]) -> list[str]:
-    """Kernels that no call launched. A function of Triton's that another one calls is a part of that."""
+class Compiler:
+    """Compiles requests, each as far as it has something new to show after those before it.
+
+    Attributes:
+        programs: The shared memory of programs without matrix products, by their text before a card is chosen.
+        known: What has been brought to LLVM: a card, and an operation with the types and layouts of its values.
+    """
+
+    def __init__(self) -> None:
+        self.programs: dict[str, int] = {}
+        self.known: set[tuple[int, str]] = set()
+
+    def failure(self, request: Request) -> str | None:
+        """The compiler's message, if it has one."""
+        try:
+            shared = self._shared(request)
+        except Exception as error:  # whatever it is, it is the kernel's
+            return f"{type(error).__name__}: {error}"
+        given = SHARED[request.capability]
+        return f"{shared} bytes of shared memory, of {given}" if shared > given else None
+
+    def _shared(self, request: Request) -> int:
+        program = ""
+
+        def nothing(module: object, metadata: dict[str, Any]) -> bytes:
+            metadata.update({"name": request.name, "shared": 0} | metadata)
+            return b""
+
+        def change(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
+            """Triton's hook, called twice: with the stages, to change them; bare, for what the cache's key has to add."""
+            if stages is not None:
+                names = list(stages)
+                to_blocks, to_layouts, to_llvm = (stages[name] for name in ("ttir", "ttgir", LAST))
+                stages.update(dict.fromkeys(names[names.index(LAST) + 1 :], nothing))
+                stages["ttir"] = lambda *given: look_up(to_blocks(*given))
+                stages[LAST] = lambda module, metadata: lower(to_llvm, module, metadata)
+            return LAST, LAST
+
+        def look_up(module: Any) -> Any:
+            nonlocal program
+            text = module.str_nodebug()
+            if "tt.dot" not in text:
+                program = f"{request.kernel.module} {options} {text}"
+            if program in self.programs:
+                raise SharedMemory(self.programs[program])
+            return module
+
+        def lower(to_llvm: Callable, module: Any, metadata: dict[str, Any]) -> Any:
+            new = {(request.capability, operation) for operation in operations(module.str_nodebug())} - self.known
+            CUDABackend.instrumentation = None if new else Stop(module)
+            try:
+                return to_llvm(module, metadata)
+            finally:
+                CUDABackend.instrumentation = None
+                self.known |= new
+
+        driver.set_active(Card(request.capability))
+        options = {k: v for k, v in json.loads(request.specialization)["options"].items() if k != "arch"}
+        triton.knobs.runtime.add_stages_inspection_hook = change
+        try:
+            shared = request.kernel.preload(request.specialization).metadata.shared
+        except SharedMemory as found:
+            (shared,) = found.args
+        if program:
+            self.programs[program] = shared
+        return shared
+
+
+class Stop:
+    """What Triton lets tools add to its passes, here to end them where the shared memory is known."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def load_dialects(self, context: object) -> None:
+        pass
+
+    def patch(self, place: str, passes: Any, context: object) -> None:
+        assert place == "ttgpuir_to_llvmir", place
+        passes.run(self.module, "shared_memory")
+        raise SharedMemory(self.module.get_int_attr("ttg.shared"))
+
+
+def operations(program: str) -> set[str]:
+    """Each operation of a program with the types and layouts of its values, without their names."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", program, re.MULTILINE))
+    names = r"^#.*$|%[\w#:]+|\^bb\d+|(?<=arith.constant )(dense<[^>]*>|\S+)"
+    text = re.sub(
+        r"tt.func.*", lambda found: found[0].replace(", ", "\n"), re.sub(names, "", program, flags=re.MULTILINE)
+    )
+    lines = text.splitlines()
+    return {re.sub(r"#\w+", lambda found: layouts.get(found[0], found[0]), line.strip()) for line in lines}
+
+
+def forgotten(noted: list[Request], wanted: list[str]) -> list[str]:
+    """Kernels of the wanted modules that no call launched. A function that another one calls is a part of that."""
     launched = {(request.module, request.name) for request in noted}
     found = []
-    for folder in sorted(path.parent for path in Path(kernels.__path__[0]).glob("*/triton.py")):
-        names = [f"{kernels.__name__}.{folder.name}.{path.stem}" for path in sorted(folder.glob("triton*.py"))]
-        modules = [importlib.import_module(name) for name in names]
+    for folder in sorted({name.split(".")[-2] for name in wanted}):
+        modules = [importlib.import_module(name) for name in kernel_modules() if name.split(".")[-2] == folder]
         functions = {x for module in modules for x in vars(module).values() if isinstance(x, triton.JITFunction)}
         for module, name in sorted((function.module, function.__name__) for function in functions):
             inner = any(x.__name__ != name and re.search(rf"\b{name}\(", x.src) for x in functions)
-            if not inner and (module, name) not in launched:
+            if module in wanted and not inner and (module, name) not in launched:
                 found.append(f"{module}:{name}: no call here launches it")
     return found
 
 
-def main() -> None:
-    noted = [request for capability in SHARED for request in requests(capability)]
+def kernel_modules() -> list[str]:
+    """The modules that define functions of Triton's."""
+    folder = Path(kernels.__path__[0])
+    paths = sorted(path for path in folder.glob("*/*.py") if "@triton.jit" in path.read_text(encoding="utf-8"))
+    return [f"{kernels.__name__}.{path.parent.name}.{path.stem}" for path in paths]
+
+
+def main(modules: list[str]) -> None:
+    os.environ["DISABLE_LLVM_OPT"] = "1"  # LLVM's optimiser takes whatever is LLVM
+    triton.knobs.compilation.disable_line_info = True  # messages name the line without it
+    noted = [request for capability in SHARED for request in requests(capability, modules)]
     failures: dict[tuple[str, str, str], list[Request]] = {}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        for request, message in zip(noted, pool.map(failure, noted), strict=True):
-            if message is not None:
-                failures.setdefault((request.module, request.name, message), []).append(request)
-    missing = forgotten(noted)
+    compiler = Compiler()
+    for request in noted:
+        message = compiler.failure(request)
+        if message is not None:
+            failures.setdefault((request.module, request.name, message), []).append(request)
+    missing = forgotten(noted, modules)
     for (_, _, message), alike in failures.items():
         print(f"{alike[0]}, and {len(alike) - 1} more:\n{message}\n")
     print(*missing, f"{len(noted)} compilations, {sum(map(len, failures.values()))} failures", sep="\n")
-    sys.exit(bool(failures or missing))
+    sys.exit(bool(failures or missing or not noted))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or kernel_modules())

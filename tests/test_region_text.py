@@ -17,6 +17,7 @@ from hydrasurgery.ir.reading import parse_region
 from hydrasurgery.ir.region import Region
 from hydrasurgery.ir.text import NOTES, format_graph, parse_graph
 from tests.families import FAMILIES, tiny
+from tests.storage.models import small
 from tests.test_families import half_plan
 from tests.text import PLAIN
 
@@ -55,13 +56,17 @@ def same(one: Region, other: Region) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_of_a_region_reads_back(family: str) -> None:
     model = tiny(family)
+    if len(set(getattr(model.config, "layer_types", None) or ())) < 2:  # layers of one kind have one text
+        model = small(family)
     ids = torch.arange(3, 15)[None]
+    texts = list(hs.capture(model))
     for layer in ("default", "hydrahead,full_rope=true"):
         hybrid = hs.rewrite(model, half_plan(model), layer=layer)
-        for region in (*hs.capture(model), *hs.regions(hybrid)):
-            again = parse_region(str(region), region.module)
-            same(again, region)
-            assert str(again) == str(region)
+        texts += hs.regions(hybrid)
+    for region in texts:
+        again = parse_region(str(region), region.module)
+        same(again, region)
+        assert str(again) == str(region)
     with torch.no_grad():
         expected = hybrid(ids, use_cache=False).logits
         for region in hs.regions(hybrid):

@@ -36,7 +36,7 @@ WEIGHTS = "model.safetensors"
 def work(tmp_path_factory):
     """A folder with `teacher`, `plan.json`, `scores.json`, `hybrid`, `data.txt` and `recipe.json`."""
     folder = tmp_path_factory.mktemp("outputs")
-    model, tokenizer = tiny("qwen3", vocab_size=720), build_tokenizer()
+    model, tokenizer = tiny("qwen3", vocab_size=720, num_hidden_layers=1), build_tokenizer()
     model.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     hs.plan_heads(model, strategy="random", ratio="1:1").save(folder / "plan.json")
@@ -504,7 +504,7 @@ def test_a_token_that_the_model_does_not_know_is_found_wherever_it_stands(work, 
 def test_a_teacher_of_another_vocabulary_is_refused_before_the_measuring(work, tmp_path):
     tokenizer = build_tokenizer()
     for name, size in (("small", 710), ("large", 800)):
-        tiny("qwen3", vocab_size=size).save_pretrained(tmp_path / name)
+        tiny("qwen3", vocab_size=size, num_hidden_layers=1).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         sizes = ("--lengths", 32, "--count", 1, "--out", tmp_path / "result.json")
         line = fail("eval", work / "hybrid", "--teacher", tmp_path / name, *sizes)
