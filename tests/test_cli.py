@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import hydrasurgery as hs
 from hydrasurgery.choose import plan_heads
 from hydrasurgery.cli import app, main
 from hydrasurgery.demo.corpus import build_tokenizer
@@ -146,17 +147,19 @@ def test_saved_hybrid_generates_and_is_evaluated(work, tmp_path):
 
 def test_export_and_generate_in_onnx_runtime(work, tmp_path):
     pytest.importorskip("onnxruntime")
-    out = tmp_path / "model.onnx"
-    assert succeed("export", work / "hybrid", "--out", out).startswith(f"{out}: ONNX opset 23 for onnxruntime")
+    out, hybrid, model = (
+        tmp_path / "model.onnx",
+        tmp_path / "hybrid",
+        tiny("qwen3", vocab_size=720, num_hidden_layers=1),
+    )
+    hs.rewrite(model, plan_heads(model, strategy="random", ratio="1:1")).save_pretrained(hybrid)
+    build_tokenizer().save_pretrained(hybrid)
+    assert succeed("export", hybrid, "--out", out).startswith(f"{out}: ONNX opset 23 for onnxruntime")
     options = ("--prompt", "for statement", "--max-new-tokens", 6)
-    assert succeed("generate", work / "hybrid", "--onnx", out, *options) == succeed(
-        "generate", work / "hybrid", *options
-    )
-    assert f"{out}: exists" in fail("export", work / "hybrid", "--out", out)
-    assert "ONNX Runtime cannot load it" in fail("generate", work / "hybrid", "--onnx", work / "plan.json", *options)
-    assert "known: onnxruntime, opset27" in fail(
-        "export", work / "hybrid", "--out", tmp_path / "b.onnx", "--target", "x"
-    )
+    assert succeed("generate", hybrid, "--onnx", out, *options) == succeed("generate", hybrid, *options)
+    assert f"{out}: exists" in fail("export", hybrid, "--out", out)
+    assert "ONNX Runtime cannot load it" in fail("generate", hybrid, "--onnx", work / "plan.json", *options)
+    assert "known: onnxruntime, opset27" in fail("export", hybrid, "--out", tmp_path / "b.onnx", "--target", "x")
 
 
 def test_a_loaded_hybrid_shares_all_but_its_additions_again(work):
