@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import output_capturing
 
 from hydrasurgery.errors import CheckpointError, HydraError, PipelineError, UnsupportedModelError
 from hydrasurgery.ir.region import RegionModule
@@ -164,7 +165,10 @@ def _model_class(base: Any) -> Any:
     members = {"__doc__": base.__doc__, "__module__": __name__, "base": base}
     if base.config_class is not None:
         members["config_class"] = _config_class(base.config_class)
-    return type(base.__name__, (HybridModel, base), members)
+    made = type(base.__name__, (HybridModel, base), members)
+    # What it records (hidden states) transformers looks up by the class's name, which only the constructor tells it.
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(made), base._can_record_outputs)
+    return made
 
 
 def model_class(base: Any) -> Any:

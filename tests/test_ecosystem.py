@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.generation.streamers import BaseStreamer
 
 import hydrasurgery as hs
+from hydrasurgery.pretrained import model_class
 from tests.families import tiny
 from tests.test_families import half_plan, stir
 
@@ -118,6 +119,28 @@ class Collector(BaseStreamer):
 
     def end(self) -> None:
         self.ended = True
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["call", "config"])
+@pytest.mark.parametrize("run_before", [False, True])
+def test_hidden_states_are_those_of_every_layer_once(asked: str, run_before: bool, tmp_path: Path) -> None:
+    teacher = tiny("llama")
+    arguments = {"input_ids": IDS, "use_cache": False, **({"output_hidden_states": True} if asked == "call" else {})}
+    teacher.config.output_hidden_states = asked == "config"
+    if run_before:
+        teacher(**arguments)
+    stitched = hs.rewrite(teacher, half_plan(teacher, ("full",) * 4))
+    hybrid = hs.rewrite(teacher, half_plan(teacher))
+    wanted = teacher(**arguments).hidden_states
+    assert len(wanted) == teacher.config.num_hidden_layers + 1
+    assert all(map(torch.equal, stitched(**arguments).hidden_states, wanted))
+    hybrid.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded.config.output_hidden_states = teacher.config.output_hidden_states
+    built = model_class(LlamaForCausalLM)(copy.deepcopy(hybrid.config))
+    for model in (hybrid, loaded, copy.deepcopy(hybrid), built):
+        assert len(model(**arguments).hidden_states) == len(wanted)
 
 
 @torch.no_grad()

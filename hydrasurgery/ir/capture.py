@@ -76,16 +76,20 @@ def capture(model: nn.Module, example_inputs: Any = None) -> list[Region]:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """After the block the modules have the attributes they had: a rotary embedding may keep tables of the run, on its device."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    """After the block the modules have the attributes, buffers and hooks they had.
+
+    A rotary embedding may keep tables of the run, on its device; a config that asks for hidden states has hooks installed.
+    """
+    attributes = [vars(module) for module in model.modules()]
+    held = [value for each in attributes for value in each.values() if isinstance(value, dict)]
+    before = [(now, dict(now)) for now in (*attributes, *held)]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
-                for key in now.keys() - then.keys():
-                    del now[key]
-                now.update(then)
+        for now, then in before:
+            for key in now.keys() - then.keys():
+                del now[key]
+            now.update(then)
 
 
 class _Watch(TorchFunctionMode):
