@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from hydrasurgery.errors import (
     PreconditionError,
     UnsupportedModelError,
 )
+from hydrasurgery.ir import trials
 from hydrasurgery.passes import parse, run_pipeline
 from hydrasurgery.passes.base import Pass, PassResult
 from tests.families import FusedAttention, PlainDecoder, tiny
@@ -247,3 +248,25 @@ def test_a_layer_without_a_full_head_breaks_the_plans_promise() -> None:
     ):
         hs.rewrite(model, empty)
     assert len(hs.region_modules(hs.rewrite(model, replace(empty, min_full_per_layer=0)))) == 2
+
+
+def test_what_padding_gets_is_its_kernels_affair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernels in half precision give tokens that may attend to nothing a mean over all, later ones too."""
+    tokens, seen = trials._tokens, []
+
+    def with_means(region: Any, run: Any, call: dict[str, Any]) -> torch.Tensor:
+        results, given = tokens(region, run, call), call["hidden_states"]
+        blind = ~call["attention_mask"].any(-1)[:, 0]
+        seen.append(bool(blind.any()))
+        return torch.where(blind[:, :, None], given.mean(1, keepdim=True).expand_as(results), results)
+
+    monkeypatch.setattr(trials, "_tokens", with_means)
+    assert len(hs.capture(tiny("qwen3"))) == 2
+    assert any(seen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "opt"])
+def test_models_on_a_gpu_are_captured(family: str, dtype: torch.dtype) -> None:
+    assert hs.capture(tiny(family).to("cuda", dtype))

@@ -10,12 +10,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hydrasurgery.dialect.names import ATTENTION
+from hydrasurgery.dialect.tokens import may_attend
 from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.ir.outline import LENGTH
 from hydrasurgery.ir.region import Region
 
-FEW = 7  # tokens of the shorter calls
-LATER = 4  # the first of the tokens that are changed
+FEW = 7  # tokens of the shorter calls; those after as many are changed
+LATER = 4  # where a shorter call begins that is not at the start
 NEAR = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # rounding, of the largest number; else 1e-3
 
 
@@ -118,14 +119,30 @@ def _tokens(region: Region, run: Callable[..., Any], call: dict[str, Any]) -> Te
     return next(x for x in results if isinstance(x, Tensor)).nan_to_num()
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
+def _differ(one: Tensor, other: Tensor, call: dict[str, Any]) -> bool:
+    """Whether results [B, T, ...] differ by more than rounding at a token that sees something."""
+    if one.shape != other.shape:
+        return True
     near = NEAR.get(other.dtype, 1e-3) * max(float(other.abs().max()), 1e-3)
-    return one.shape != other.shape or float((one - other).abs().max()) > near
+    apart = (one - other).abs()
+    return float(apart.masked_fill(_blind(call, apart), 0).max()) > near
+
+
+def _blind(call: dict[str, Any], results: Tensor) -> Tensor:
+    """True at tokens, of results [B, T, ...], that a mask lets attend to nothing: what padding gets, be it a mean over all tokens,
+    is its kernel's affair."""
+    blind = torch.zeros_like(results, dtype=torch.bool)
+    for x in pytree.tree_leaves(call):
+        if isinstance(x, Tensor) and x.ndim == 4 and (x.dtype == torch.bool or x.is_floating_point()):
+            rows = ~may_attend(x).any(-1).any(1)[:, : results.shape[1]]  # [B or 1, T]
+            if rows.shape[1] == results.shape[1] and rows.shape[0] in (1, results.shape[0]):
+                blind |= rows.view(*rows.shape, *[1] * (results.ndim - 2)).to(results.device)
+    return blind
 
 
 def _is_what_its_graph_is(region: Region, owner: nn.Module, call: dict[str, Any]) -> None:
     fewer = _part(call, 0, FEW)
-    if _differ(_tokens(region, region.module, fewer), _tokens(region, owner, fewer)):
+    if _differ(_tokens(region, region.module, fewer), _tokens(region, owner, fewer), fewer):
         raise UnsupportedModelError(
             f"{region.name} was captured as something else than it is: on other tokens, or fewer, its code goes another way"
         )
@@ -133,9 +150,9 @@ def _is_what_its_graph_is(region: Region, owner: nn.Module, call: dict[str, Any]
 
 def _sees_no_later_token(region: Region, owner: nn.Module, call: dict[str, Any]) -> None:
     changed = call[_hidden(region)].clone()
-    changed[:, LATER:] = changed[:, LATER:].flip(-1)
-    before, after = (_tokens(region, owner, given)[:, :LATER] for given in (call, _with_hidden(region, call, changed)))
-    if _differ(after, before):
+    changed[:, FEW:] = changed[:, FEW:].flip(-1)
+    before, after = (_tokens(region, owner, given)[:, :FEW] for given in (call, _with_hidden(region, call, changed)))
+    if _differ(after, before, call):
         raise UnsupportedModelError(
             f"{region.name} attends in both directions: a token sees later ones, by its mask or in code of its own; only decoders "
             "are supported"
@@ -158,7 +175,7 @@ def _takes_each_token_by_itself(region: Region, call: dict[str, Any]) -> None:
         return _WithoutAttention(region.module, graph=region.graph).run(*region.inputs.flatten(given))
 
     whole, last = (_tokens(region, run, given) for given in (call, _part(call, LATER, FEW)))
-    if _differ(last, whole[:, LATER : LATER + FEW]):
+    if _differ(last, whole[:, LATER : LATER + FEW], {}):
         raise UnsupportedModelError(
             f"{region.name} mixes tokens, or counts them, outside of its attention: what it does to a token depends on those "
             "before it, which a cache of keys and values does not hold"
