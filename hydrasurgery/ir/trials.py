@@ -15,7 +15,7 @@ from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.ir.outline import LENGTH
 from hydrasurgery.ir.region import Region
 
-FEW = 7  # tokens of the shorter calls; those after as many are changed
+FEW = 7  # tokens of the shorter calls
 LATER = 4  # where a shorter call begins that is not at the start
 NEAR = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # rounding, of the largest number; else 1e-3
 
@@ -149,14 +149,17 @@ def _is_what_its_graph_is(region: Region, owner: nn.Module, call: dict[str, Any]
 
 
 def _sees_no_later_token(region: Region, owner: nn.Module, call: dict[str, Any]) -> None:
-    changed = call[_hidden(region)].clone()
-    changed[:, FEW:] = changed[:, FEW:].flip(-1)
-    before, after = (_tokens(region, owner, given)[:, :FEW] for given in (call, _with_hidden(region, call, changed)))
-    if _differ(after, before, call):
-        raise UnsupportedModelError(
-            f"{region.name} attends in both directions: a token sees later ones, by its mask or in code of its own; only decoders "
-            "are supported"
+    for first in (LATER, FEW):
+        changed = call[_hidden(region)].clone()
+        changed[:, first:] = changed[:, first:].flip(-1)
+        before, after = (
+            _tokens(region, owner, given)[:, :first] for given in (call, _with_hidden(region, call, changed))
         )
+        if _differ(after, before, call):
+            raise UnsupportedModelError(
+                f"{region.name} attends in both directions: a token sees later ones, by its mask or in code of its own; only "
+                "decoders are supported"
+            )
 
 
 class _WithoutAttention(fx.Interpreter):
