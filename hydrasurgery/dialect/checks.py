@@ -74,7 +74,11 @@ def refuse_tangents(*inputs: Tensor | None) -> None:
     """
     if forward_ad._current_level < 0:
         return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    # Inside an operator, some versions of PyTorch can be asked for tangents only with this key let in again.
+    left_out = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), left_out):
+        found = any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    if found:
         raise NotImplementedError(
             "hydra's operators have no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
             "torch.autograd.forward_ad); use reverse mode: torch.autograd.grad or .backward()"

@@ -123,7 +123,6 @@ def decode_step(
     if not all(x.is_contiguous() for x in (state, *conv_states)):
         raise ValueError("state and conv_states must be contiguous: they are updated in place")
     refuse_transforms("hydra::decode_step", *DERIVATIVES)
-    refuse_tangents(q, k, v, decay, beta, gate, gamma, A_log, dt_bias, *conv_weights, state, *conv_states)
     return torch.ops.hydra.decode_step.default(
         q,
         k,
@@ -158,6 +157,7 @@ def _decode_step(
     q, k, v, decay, beta, gate, gamma, A_log, dt_bias, conv_weights, state, conv_states, valid=None, reset=None,
     cos=None, sin=None, *, scale=None, eps=1e-6, turn="half",
 ):  # fmt: skip
+    refuse_tangents(q, k, v, decay, beta, gate, gamma, A_log, dt_bias, *conv_weights, state, *conv_states)
     case = registry.decode_step_case(q, v, conv_weights[0].shape[1] if conv_weights else 0)
     forward = registry.kernel("decode_step", case, q.device).forward
     inputs = (
