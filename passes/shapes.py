@@ -166,7 +166,8 @@ def _of_tensor(x: Tensor) -> Any:
 def _of_module(module: nn.Module) -> Any:
     parts = tuple((name, type(part), _simple(part)) for name, part in module.named_modules())
     tensors = (*module.named_parameters(), *module.named_buffers())
-    return parts, tuple((name, _of_tensor(x)) for name, x in tensors)
+    configs = tuple(str(part.config) for part in module.modules() if hasattr(part, "config"))
+    return parts, configs, tuple((name, _of_tensor(x)) for name, x in tensors)
 
 
 def _simple(module: nn.Module) -> Any:

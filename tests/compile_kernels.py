@@ -3,10 +3,6 @@
 Triton's interpreter, which the other tests use, sees no types: a variable that is bf16 in one branch and fp32 in the other is an
 error only to the compiler. Here the modules' own `forward` and `backward` are called on meta tensors. Triton asks a hook before it
 compiles what they launch; the hook notes each request and lets nothing run. Then what was noted is compiled, each request once.
-
-The compiler goes as far as a request has something new to show. All of them are checked for types and for the memory that they
-share. What is new to a card, an operation on values of some types and layouts, is also brought to LLVM, where operations are
-replaced one by one. A kernel without matrix products is the same program for every card.
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from hydrasurgery import kernels
@@ -181,102 +176,28 @@ def requests(capability: int, modules: list[str]) -> list[Request]:
     return list(noted)
 
 
-class SharedMemory(Exception):
-    """Ends a compilation as soon as the program has its shared memory; holds the bytes."""
+def failure(request: Request) -> str | None:
+    """The compiler's message, if it has one."""
 
+    def nothing(module: object, metadata: dict[str, Any]) -> bytes:
+        metadata.update({"name": request.name, "shared": 0} | metadata)
+        return b""
 
-class Compiler:
-    """Compiles requests, each as far as it has something new to show after those before it.
+    def end(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
+        """Triton's hook, called twice: with the stages, to change them; bare, for what the cache's key has to add."""
+        if stages is not None:
+            names = list(stages)
+            stages.update(dict.fromkeys(names[names.index(LAST) + 1 :], nothing))
+        return LAST, LAST
 
-    Attributes:
-        programs: The shared memory of programs without matrix products, by their text before a card is chosen.
-        known: What has been brought to LLVM: a card, and an operation with the types and layouts of its values.
-    """
-
-    def __init__(self) -> None:
-        self.programs: dict[str, int] = {}
-        self.known: set[tuple[int, str]] = set()
-
-    def failure(self, request: Request) -> str | None:
-        """The compiler's message, if it has one."""
-        try:
-            shared = self._shared(request)
-        except Exception as error:  # whatever it is, it is the kernel's
-            return f"{type(error).__name__}: {error}"
-        given = SHARED[request.capability]
-        return f"{shared} bytes of shared memory, of {given}" if shared > given else None
-
-    def _shared(self, request: Request) -> int:
-        program = ""
-
-        def nothing(module: object, metadata: dict[str, Any]) -> bytes:
-            metadata.update({"name": request.name, "shared": 0} | metadata)
-            return b""
-
-        def change(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
-            """Triton's hook, called twice: with the stages, to change them; bare, for what the cache's key has to add."""
-            if stages is not None:
-                names = list(stages)
-                to_blocks, to_layouts, to_llvm = (stages[name] for name in ("ttir", "ttgir", LAST))
-                stages.update(dict.fromkeys(names[names.index(LAST) + 1 :], nothing))
-                stages["ttir"] = lambda *given: look_up(to_blocks(*given))
-                stages[LAST] = lambda module, metadata: lower(to_llvm, module, metadata)
-            return LAST, LAST
-
-        def look_up(module: Any) -> Any:
-            nonlocal program
-            text = module.str_nodebug()
-            if "tt.dot" not in text:
-                program = f"{request.kernel.module} {options} {text}"
-            if program in self.programs:
-                raise SharedMemory(self.programs[program])
-            return module
-
-        def lower(to_llvm: Callable, module: Any, metadata: dict[str, Any]) -> Any:
-            new = {(request.capability, operation) for operation in operations(module.str_nodebug())} - self.known
-            CUDABackend.instrumentation = None if new else Stop(module)
-            try:
-                return to_llvm(module, metadata)
-            finally:
-                CUDABackend.instrumentation = None
-                self.known |= new
-
-        driver.set_active(Card(request.capability))
-        options = {k: v for k, v in json.loads(request.specialization)["options"].items() if k != "arch"}
-        triton.knobs.runtime.add_stages_inspection_hook = change
-        try:
-            shared = request.kernel.preload(request.specialization).metadata.shared
-        except SharedMemory as found:
-            (shared,) = found.args
-        if program:
-            self.programs[program] = shared
-        return shared
-
-
-class Stop:
-    """What Triton lets tools add to its passes, here to end them where the shared memory is known."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def load_dialects(self, context: object) -> None:
-        pass
-
-    def patch(self, place: str, passes: Any, context: object) -> None:
-        assert place == "ttgpuir_to_llvmir", place
-        passes.run(self.module, "shared_memory")
-        raise SharedMemory(self.module.get_int_attr("ttg.shared"))
-
-
-def operations(program: str) -> set[str]:
-    """Each operation of a program with the types and layouts of its values, without their names."""
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", program, re.MULTILINE))
-    names = r"^#.*$|%[\w#:]+|\^bb\d+|(?<=arith.constant )(dense<[^>]*>|\S+)"
-    text = re.sub(
-        r"tt.func.*", lambda found: found[0].replace(", ", "\n"), re.sub(names, "", program, flags=re.MULTILINE)
-    )
-    lines = text.splitlines()
-    return {re.sub(r"#\w+", lambda found: layouts.get(found[0], found[0]), line.strip()) for line in lines}
+    driver.set_active(Card(request.capability))
+    triton.knobs.runtime.add_stages_inspection_hook = end
+    try:
+        shared = request.kernel.preload(request.specialization).metadata.shared
+    except Exception as error:  # whatever it is, it is the kernel's
+        return f"{type(error).__name__}: {error}"
+    given = SHARED[request.capability]
+    return f"{shared} bytes of shared memory, of {given}" if shared > given else None
 
 
 def forgotten(noted: list[Request], wanted: list[str]) -> list[str]:
@@ -305,9 +226,8 @@ def main(modules: list[str]) -> None:
     triton.knobs.compilation.disable_line_info = True  # messages name the line without it
     noted = [request for capability in SHARED for request in requests(capability, modules)]
     failures: dict[tuple[str, str, str], list[Request]] = {}
-    compiler = Compiler()
     for request in noted:
-        message = compiler.failure(request)
+        message = failure(request)
         if message is not None:
             failures.setdefault((request.module, request.name, message), []).append(request)
     missing = forgotten(noted, modules)

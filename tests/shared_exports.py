@@ -1,6 +1,7 @@
 """Exports of attention modules that the tests share: most of the time of a capture, and the same for models that differ in weights.
 
-A module is exported anew where anything about it is out of the ordinary: code or hooks of the object's own, or a patched function.
+A module is exported anew where anything about it is out of the ordinary: code or hooks of the object's own, or a
+function that its forward names and that a test has patched.
 """
 
 from __future__ import annotations

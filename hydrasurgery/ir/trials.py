@@ -129,8 +129,7 @@ def _differ(one: Tensor, other: Tensor, call: dict[str, Any]) -> bool:
 
 
 def _blind(call: dict[str, Any], results: Tensor) -> Tensor:
-    """True at tokens, of results [B, T, ...], that a mask lets attend to nothing: what padding gets, be it a mean over all tokens,
-    is its kernel's affair."""
+    """True where results [B, T, ...] are of tokens that a mask lets attend to nothing: what they get is their kernel's affair."""
     blind = torch.zeros_like(results, dtype=torch.bool)
     for x in pytree.tree_leaves(call):
         if isinstance(x, Tensor) and x.ndim == 4 and (x.dtype == torch.bool or x.is_floating_point()):
