@@ -1,7 +1,7 @@
 """The operators that region graphs are written in, as functions that check shapes and say what is wrong.
 
-There are four pure ones, a fifth that decodes one token through several of them at once, two that count and
-look up tokens, and two helpers on heads and masks.
+There are four pure ones, two that do the work of several at once (`head_inputs`, and `decode_step` for one token), two that count
+and look up tokens, and two helpers on heads and masks.
 
 An operator is `torch.ops.hydra.<name>`, in a file of its own in `hydrasurgery.dialect`: a schema, a fake kernel, an analytic
 backward that is an operator too (`hydra::<name>_backward`; decoding, counting and looking up have none), and kernels in
@@ -9,13 +9,14 @@ backward that is an operator too (`hydra::<name>_backward`; decoding, counting a
 everywhere).
 `hydra::linear_attention_forward` is the forward of linear attention that trains: it also returns what its backward needs again.
 Layouts and meanings follow ONNX where ONNX has the operator. Graphs call the operators themselves. Inside, arithmetic is fp32
-(fp64 for fp64 inputs); autocast has no say in it, except that it lowers the q, k, v of `attention`, as it does for PyTorch's own
-attention.
+(fp64 for fp64 inputs). Autocast lowers what heads read, the q, k, v of `attention`, `linear_attention` and `decode_step` and the
+x of `causal_conv`, together, as it does for PyTorch's own attention; gates and recurrent states stay in fp32.
 """
 
 from hydrasurgery.dialect.attention import attention
 from hydrasurgery.dialect.causal_conv import causal_conv
 from hydrasurgery.dialect.decode_step import decode_step
+from hydrasurgery.dialect.head_inputs import head_inputs
 from hydrasurgery.dialect.heads import select_heads
 from hydrasurgery.dialect.linear_attention import linear_attention
 from hydrasurgery.dialect.names import RULES
@@ -27,6 +28,7 @@ __all__ = [
     "attention",
     "causal_conv",
     "decode_step",
+    "head_inputs",
     "linear_attention",
     "previous_tokens",
     "scale_norm_fusion",

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
 from hydrasurgery.errors import CheckpointError, HydraError, PipelineError, UnsupportedModelError
+from hydrasurgery.inference import graphs
+from hydrasurgery.ir.interface import use_reach
 from hydrasurgery.ir.region import RegionModule
 from hydrasurgery.ir.stitch import region_modules, regions
 from hydrasurgery.passes import parse
@@ -117,6 +120,41 @@ class HybridModel:
             f"{type(self).__name__}: a hybrid's recurrent states have no pages, so there is no continuous batching "
             "(generate_batch, cache_implementation='paged'); call generate with a padded batch"
         )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        """On CUDA, a call of `generate` that asks for no cache of its own gets a static one, for decoding by CUDA graphs.
+
+        Long prompts are computed in pieces, whose activations are all that is held at once.
+        """
+        given = any(model_kwargs.get(name) is not None for name in ("past_key_values", "cache_params"))
+        plain = generation_mode in ("greedy_search", "sample", "beam_search", "beam_sample")
+        asked = generation_config.cache_implementation or generation_config.disable_compile or not plain
+        if self.device.type == "cuda" and generation_config.use_cache and not (given or asked):  # type: ignore[attr-defined]
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            reason = graphs.why_not(self, rows, max_cache_length)
+            if reason is None:
+                generation_config.cache_implementation = "static"
+            else:
+                graphs.say(reason)
+            if generation_config.prefill_chunk_size is None and max_cache_length > graphs.CHUNK:
+                generation_config.prefill_chunk_size = graphs.CHUNK
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
+        valid: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        if valid and generation_config.compile_config is None:
+            return graphs.static(model_kwargs.get("past_key_values")) and not torch.is_autocast_enabled("cuda")
+        return valid
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` calls for every token after the first: a step by CUDA graph, or what `compile_config` asks for."""
+        if compile_config is None:
+            return graphs.StepGraph(self.__call__)  # type: ignore[operator]
+        return super().get_compiled_call(compile_config)  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         record_passes(self)
@@ -259,6 +297,8 @@ def mark(hybrid: Any, plan: Plan, pipeline: str) -> None:
 
 def unmark(model: Any) -> None:
     """Make a hybrid a model of its base's class again."""
+    for changed, implementation in vars(model).pop("_dense_masks", ()):
+        changed._attn_implementation = implementation
     for module in model.modules():
         if isinstance(module, HybridModel):
             module.__class__ = module.base
@@ -321,7 +361,13 @@ def _renamed(layer: Any, name: str) -> Any:
 
 
 def _settle(model: Any) -> None:
-    """Make hybrids of the models inside that hold regions: transformers asks each for its part of building and saving."""
+    """Make hybrids of the models inside that hold regions: transformers asks each for its part of building and saving.
+
+    They make masks as structure where every region takes them so.
+    """
+    found = region_modules(model).values()
+    if all(module.region.takes_reach for module in found) and (before := use_reach(found)):
+        vars(model)["_dense_masks"] = before
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, HybridModel) and region_modules(module):
             module.__class__ = model_class(type(module))

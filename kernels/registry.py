@@ -20,6 +20,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from hydrasurgery.kernels.attention.reach import is_reach
+
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOAT = HALF | {torch.float32}
@@ -132,22 +134,28 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
                 "fa3", _here("attention", "fa3"), forward, (torch.bfloat16,), {"D": (64, 96, 128, 192, 256)},
                 {"softcap", "more keys than queries"}, hopper, FA3,
             ),
+            Implementation(
+                "triton", _here("attention", "triton"), (DECODE,), FLOAT, {"D": range(1, 257)},
+                {"mask", "reach", "sinks", "softcap", "window", "more keys than queries", "a value width of its own"},
+                ampere, TRITON,
+            ),
             Implementation("sdpa", _here("attention", "sdpa"), every, HALF, {"D": eights}, (), ampere),
             Implementation(
                 "flash_attn", _here("attention", "flash_attn"), forward, HALF, {"D": eights},
                 {"window", "softcap", "more keys than queries"}, ampere, FLASH_ATTN,
             ),
             Implementation(
-                "triton", _here("attention", "triton"), (DECODE,), FLOAT, {"D": range(1, 257)},
-                {"mask", "sinks", "softcap", "window", "more keys than queries", "a value width of its own"}, ampere, TRITON,
+                "triton, blocks", _here("attention", "triton_blocks"), (FORWARD, BACKWARD), FLOAT,
+                {"D": range(1, 257), "V": range(1, 257)},
+                {"reach", "sinks", "softcap", "window", "more keys than queries", "a value width of its own"}, ampere, TRITON,
             ),
             Implementation(
                 "sdpa, masked", _here("attention", "sdpa"), forward, FLOAT, {},
-                {"mask", "window", "more keys than queries", "a value width of its own"}, ampere,
+                {"mask", "reach", "window", "more keys than queries", "a value width of its own"}, ampere,
             ),
             Implementation(
                 "efficient", _here("attention", "efficient"), (BACKWARD,), FLOAT, {"D": eights},
-                {"mask", "window", "more keys than queries"}, ampere,
+                {"mask", "reach", "window", "more keys than queries"}, ampere,
             ),
             Implementation("reference", _here("attention", "reference")),
         ),
@@ -184,6 +192,13 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
                 features={"state", "reset", "padding"}, capability=ampere, package=TRITON,
             ),
             Implementation("reference", _here("causal_conv", "reference")),
+        ),
+        "head_inputs": (
+            Implementation(
+                "triton", _here("head_inputs", "triton"), (FORWARD, BACKWARD), FLOAT,
+                {"D": range(2, 257, 2), "W": range(1, 17)}, capability=ampere, package=TRITON,
+            ),
+            Implementation("reference", _here("head_inputs", "reference"), (FORWARD, BACKWARD)),
         ),
         "scale_norm_fusion": (
             Implementation(
@@ -321,14 +336,16 @@ def attention_case(
     """The case of a `hydra::attention`; one query makes a forward a decode."""
     queries, keys, dim = q.shape[2], k.shape[2], q.shape[3]
     features = {
-        "mask": mask is not None,
+        "mask": mask is not None and not is_reach(mask),
+        "reach": is_reach(mask),
         "sinks": sinks is not None,
         "softcap": softcap is not None,
         "window": mask is None and window is not None and window < keys,
         "more keys than queries": mask is None and causal and 1 < queries != keys,
         "a value width of its own": v.shape[3] != dim,
     }
-    return _case(DECODE if mode == FORWARD and queries == 1 else mode, (q, k, v), {"D": dim}, features)
+    mode = DECODE if mode == FORWARD and queries == 1 else mode
+    return _case(mode, (q, k, v), {"D": dim, "V": v.shape[3]}, features)
 
 
 def linear_attention_case(
@@ -364,6 +381,11 @@ def causal_conv_case(
     """The case of a `hydra::causal_conv`."""
     features = {"state": state is not None, "reset": reset is not None, "padding": previous is not None}
     return _case(mode, (x,), {"W": weight.shape[1]}, features)
+
+
+def head_inputs_case(mode: str, x: Tensor, weight: Tensor) -> Case:
+    """The case of a `hydra::head_inputs`."""
+    return _case(mode, (x,), {"D": x.shape[3], "W": weight.shape[1]}, {})
 
 
 def scale_norm_fusion_case(mode: str, o_full: Tensor | None, o_linear: Tensor | None) -> Case:

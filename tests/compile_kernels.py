@@ -25,9 +25,11 @@ from triton.runtime import driver
 
 from hydrasurgery import kernels
 from hydrasurgery.bench.cases import DECODE, Layer
-from hydrasurgery.kernels.attention import triton as attention
+from hydrasurgery.kernels.attention import triton as one_query
+from hydrasurgery.kernels.attention import triton_blocks as many
 from hydrasurgery.kernels.causal_conv import triton as conv
 from hydrasurgery.kernels.decode_step import triton as decode
+from hydrasurgery.kernels.head_inputs import triton as inputs
 from hydrasurgery.kernels.linear_attention import triton as linear
 from hydrasurgery.kernels.linear_attention import triton_walks
 from hydrasurgery.kernels.registry import BACKWARD, Case, Machine, choose
@@ -82,13 +84,25 @@ def decode_step() -> None:
 
 
 def attention_of_one_query() -> None:
-    for dtype, mask in product(DTYPES, (None, torch.bool, torch.float32)):
+    for dtype, mask in product(DTYPES, (None, torch.bool, torch.float32, torch.int32)):
         q, k, v = (torch.empty(1, *shape, 128, dtype=dtype) for shape in ((4, 1), (2, 1000), (2, 1000)))
         if mask is None:
-            attention.forward(q, k, v, None, torch.empty(4), scale=None, causal=True, window=70, softcap=5.0)
+            one_query.forward(q, k, v, None, torch.empty(4), scale=None, causal=True, window=70, softcap=5.0)
         else:
-            seen = torch.empty(1, 1, 1, 1000, dtype=mask)
-            attention.forward(q, k, v, seen, None, scale=None, causal=True, window=None, softcap=None)
+            seen = torch.empty(1, 1, 1, 1001 if mask == torch.int32 else 1000, dtype=mask)
+            one_query.forward(q, k, v, seen, None, scale=None, causal=True, window=None, softcap=None)
+
+
+def attention_of_many_queries() -> None:
+    many._tiles = lambda q, width, backward=False: many._fit(
+        divmod(driver.active.get_current_device(), 10), q.dtype == torch.float32, width, backward
+    )
+    for dtype, dim in [(DTYPES[0], 64), (DTYPES[0], 128), (DTYPES[0], 256), (DTYPES[1], 64), (DTYPES[1], 128)]:
+        q, k, v, grad = (torch.empty(1, *shape, dim, dtype=dtype) for shape in ((4, 200), (2, 200), (2, 200), (200, 4)))
+        plain: dict[str, Any] = {"scale": None, "causal": True, "window": None, "softcap": None}
+        many.backward(grad, q, k, v, torch.empty(1, 1, 1, 201, dtype=torch.int32), torch.empty(4), **plain)
+        if dim == 128:
+            many.backward(grad, q, k, v, None, None, **plain | {"window": 70, "softcap": 5.0})
 
 
 def causal_conv() -> None:
@@ -100,12 +114,34 @@ def causal_conv() -> None:
         conv.backward(*conv.forward(x, weight, state, reset, previous), x, weight, state, reset, previous)
 
 
+def head_inputs() -> None:
+    for dtype, masked, turned, norm in [
+        (DTYPES[0], False, True, True),
+        (DTYPES[0], True, False, False),
+        (DTYPES[1], True, True, True),
+        (DTYPES[1], False, False, True),
+    ]:
+        x, weight = torch.empty(2, 3, 70, 64, dtype=dtype), torch.empty(192, 4, dtype=dtype)
+        state, reset, previous = (torch.empty(2, 192, 3, dtype=dtype), torch.empty(2, 70, dtype=torch.bool), None)
+        if masked:
+            previous = torch.empty(2, 71, dtype=torch.int64)
+        tables = [torch.empty(1, 1, 70, 64, dtype=dtype) if turned else None for _ in range(2)]
+        given = x, weight, None if turned else state, reset, previous, *tables
+        inputs.backward(*inputs.forward(*given, norm=norm), *given, norm=norm)
+
+
+def attention() -> None:
+    attention_of_one_query()
+    attention_of_many_queries()
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "linear_attention": linear_attention,
     "scale_norm_fusion": scale_norm_fusion,
     "decode_step": decode_step,
-    "attention": attention_of_one_query,
+    "attention": attention,
     "causal_conv": causal_conv,
+    "head_inputs": head_inputs,
 }
 
 

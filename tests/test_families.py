@@ -71,7 +71,9 @@ def test_capture_stitch_restore_are_bit_exact(family: str) -> None:
         assert len(hs.region_modules(stitched)) == 2
         assert list(stitched.state_dict()) == names
         for call, expected in zip(calls, before, strict=True):
-            assert same(stitched(**call, use_cache=False).logits, expected)
+            # In models with "eager" attention, tokens of padding see a mean over all tokens; in hybrids nothing.
+            counts = call.get("attention_mask", torch.ones_like(IDS)).bool()
+            assert same(stitched(**call, use_cache=False).logits[counts], expected[counts])
         restored = hs.restore(stitched)
         assert [type(m) for m in restored.modules()] == [type(m) for m in modules.values()]
         for call, expected in zip(calls, before, strict=True):

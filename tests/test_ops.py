@@ -322,7 +322,7 @@ def test_a_kernel_is_told_of_a_gradient_that_is_not_there(monkeypatch):
     assert told == [None]
 
 
-def test_autocast_lowers_attention_and_nothing_else():
+def test_autocast_lowers_attention_as_pytorch_lowers_its_own():
     q, k, v = (normal(2, 2, 6, 4) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         out = ops.attention(q, k.bfloat16(), v, softcap=4.0)
@@ -330,10 +330,28 @@ def test_autocast_lowers_attention_and_nothing_else():
         assert torch.equal(ops.attention(q, k, v), plain)
     assert out.dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(out.sum(), [q, k, v]))
-    inputs = recurrence("gated_delta", length=40)
-    wanted = ops.linear_attention(*inputs)
+
+
+def test_autocast_lowers_heads_together_and_leaves_gates_and_states():
+    q, k, v, decay, beta, state = recurrence("gated_delta", length=40)
+    lowered = (*(x.bfloat16() for x in (q, k, v)), decay, beta, state)
+    wanted = ops.linear_attention(*lowered)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(*pair) for pair in zip(ops.linear_attention(*inputs), wanted, strict=True))
+        found = ops.linear_attention(q, k, v.bfloat16(), decay, beta, state)  # as projections and norms leave them
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert (found[0].dtype, found[1].dtype) == (torch.bfloat16, torch.float32)
+    assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(found[0].sum(), [q, k, decay, beta, state]))
+    x, weight = normal(2, 9, 6), normal(6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.causal_conv(x, weight)
+    assert all(torch.equal(*pair) for pair in zip(found, ops.causal_conv(x.bfloat16(), weight), strict=True))
+
+
+def test_doubles_are_not_lowered():
+    inputs = [None if x is None else x.double() for x in recurrence("gated_delta", length=9)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.linear_attention(*inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, ops.linear_attention(*inputs), strict=True))
 
 
 def test_only_inputs_that_need_gradients_get_them():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,12 +13,14 @@ from hydrasurgery.dialect.checks import (
     fake,
     fake_or_empty,
     full_precision,
+    lower_under_autocast,
     or_empty,
     refuse_tangents,
     refuse_transforms,
-    save,
 )
+from hydrasurgery.dialect.operators import operator
 from hydrasurgery.kernels import registry
+from hydrasurgery.kernels.attention.reach import is_reach
 
 
 def attention(
@@ -41,8 +41,10 @@ def attention(
         q: [B, H, T, D].
         k: [B, Hk, S, D]; H is a multiple of Hk, and query head h reads KV head `h * Hk // H`.
         v: [B, Hk, S, Dv].
-        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (added to the scores). It is complete: with a mask,
-            `causal` and `window` have no effect. No gradient flows into it.
+        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (added to the scores), or [B, 1, 1, S + 1] int32: for each
+            key the place of the first query that no longer sees it, and last the place of the first query here; a query at
+            place p sees key s if s <= p < mask[s]. It is complete: with a mask, `causal` and `window` have no effect. No
+            gradient flows into it.
         sinks: [H], one more logit a head in the softmax's denominator.
         scale: of the scores; D ** -0.5 if None.
         causal: without a mask, query i sees the keys up to its own, the last query at the last key (S >= T).
@@ -85,6 +87,8 @@ def attention(
 
 def _expect_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
     batch, heads, queries, keys = shape
+    if is_reach(mask) and tuple(mask.shape) == (batch, 1, 1, keys + 1):
+        return
     fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
     if not fits or tuple(mask.shape[2:]) != (queries, keys):
         raise ValueError(
@@ -98,13 +102,12 @@ def _expect_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
 _ATTENTION_OPTIONS = "float? scale=None, bool causal=True, int? window=None, float? softcap=None"
 
 
-@torch.library.custom_op(
-    "hydra::attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
+@operator(
+    "attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
 )
 def _attention(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
-    if mask is not None:
+    if mask is not None and not is_reach(mask):
         check_mask_dtype(mask)
     refuse_tangents(q, k, v, sinks)
     options = {"causal": causal, "window": window, "softcap": softcap}
@@ -119,10 +122,9 @@ def _(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, s
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-@torch.library.custom_op(
-    "hydra::attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, "
+@operator(
+    "attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, "
     f"{_ATTENTION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention_backward(grad, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
@@ -139,31 +141,13 @@ def _(grad, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=N
     return fake(q), fake(k), fake(v), fake_or_empty(sinks, q)
 
 
-def _attention_setup(ctx, inputs, keyword_only_inputs, output):
-    save(ctx, inputs, keyword_only_inputs)
-
-
 def _attention_grads(ctx, grad):
     q, k, v, mask, sinks = ctx.saved_tensors
     dq, dk, dv, dsinks = torch.ops.hydra.attention_backward.default(grad, q, k, v, mask, sinks, **ctx.options)
     return dq, dk, dv, None, None if sinks is None else dsinks
 
 
-_attention.register_autograd(_attention_grads, setup_context=_attention_setup)
+_attention.register_autograd(_attention_grads)
 
 
-def _lowered_attention(device_type: str) -> Any:
-    def call(q, k, v, mask=None, sinks=None, **options):
-        dtype = torch.get_autocast_dtype(device_type)
-        if torch.float64 not in (q.dtype, k.dtype, v.dtype):
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.hydra.attention.default(q, k, v, mask, sinks, **options)
-
-    return call
-
-
-# A dispatch rule and not a cast in the kernel: tracing then records the casts, and the fake kernel sees the dtypes of the real one.
-_AUTOCAST = torch.library.Library("hydra", "FRAGMENT")
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _AUTOCAST.impl("attention", _lowered_attention(_device), _key)
+lower_under_autocast("attention", 0, 1, 2)

@@ -13,11 +13,12 @@ from hydrasurgery.dialect.checks import (
     fake_or_empty,
     full_precision,
     given,
+    lower_under_autocast,
     or_empty,
     refuse_tangents,
     refuse_transforms,
-    save,
 )
+from hydrasurgery.dialect.operators import operator
 from hydrasurgery.kernels import registry
 
 
@@ -70,7 +71,7 @@ def causal_conv(
 _CONV_INPUTS = "Tensor x, Tensor weight, Tensor? state=None, Tensor? reset=None, Tensor? previous=None"
 
 
-@torch.library.custom_op("hydra::causal_conv", mutates_args=(), schema=f"({_CONV_INPUTS}) -> (Tensor y, Tensor state)")
+@operator("causal_conv", f"({_CONV_INPUTS}) -> (Tensor y, Tensor state)")
 def _causal_conv(x, weight, state=None, reset=None, previous=None):
     refuse_tangents(x, weight, state)
     case = registry.causal_conv_case("forward", x, weight, state, reset, previous)
@@ -84,10 +85,9 @@ def _(x, weight, state=None, reset=None, previous=None):
     return fake(x), x.new_empty(x.shape[0], x.shape[2], weight.shape[1] - 1)
 
 
-@torch.library.custom_op(
-    "hydra::causal_conv_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor grad_state, {_CONV_INPUTS}) -> (Tensor, Tensor, Tensor)",
+@operator(
+    "causal_conv_backward",
+    f"(Tensor grad, Tensor grad_state, {_CONV_INPUTS}) -> (Tensor, Tensor, Tensor)",
 )
 def _causal_conv_backward(grad, grad_state, x, weight, state=None, reset=None, previous=None):
     case = registry.causal_conv_case("backward", x, weight, state, reset, previous)
@@ -103,14 +103,12 @@ def _(grad, grad_state, x, weight, state=None, reset=None, previous=None):
     return fake(x), fake(weight), fake_or_empty(state, x)
 
 
-def _causal_conv_setup(ctx, inputs, output):
-    save(ctx, inputs, {})
-
-
 def _causal_conv_grads(ctx, grad, grad_state):
     inputs = ctx.saved_tensors
     grads = torch.ops.hydra.causal_conv_backward.default(grad, grad_state, *inputs)
     return (*given(grads, inputs[:3]), None, None)
 
 
-_causal_conv.register_autograd(_causal_conv_grads, setup_context=_causal_conv_setup)
+_causal_conv.register_autograd(_causal_conv_grads)
+
+lower_under_autocast("causal_conv", 0, 2)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -58,12 +58,21 @@ def fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@contextmanager
-def full_precision(x: Tensor) -> Iterator[None]:
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """For kernels: on x's device, and dtypes are those of the arguments."""
-    lowered = torch.is_autocast_enabled(x.device.type)  # Asking takes less time than a block that changes nothing.
-    with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext(), torch.cuda.device_of(x):
-        yield
+    device = x.device
+    # Asking takes less time than blocks that change nothing.
+    there = device.type != "cuda" or device.index == torch.cuda.current_device()
+    if not torch.is_autocast_enabled(device.type):
+        return _NOTHING if there else torch.cuda.device(device)
+    block = ExitStack()
+    block.enter_context(torch.autocast(device.type, enabled=False))
+    if not there:
+        block.enter_context(torch.cuda.device(device))
+    return block
+
+
+_NOTHING = nullcontext()
 
 
 def refuse_tangents(*inputs: Tensor | None) -> None:
@@ -111,3 +120,29 @@ def save(ctx: Any, inputs: tuple[Tensor | None, ...], options: dict[str, Any]) -
 
 def given(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else grad for grad, x in zip(grads, inputs, strict=True))
+
+
+def lower_under_autocast(name: str, *places: int) -> None:
+    """Let `hydra::<name>` take these of its arguments in autocast's dtype, together, as PyTorch lowers those of its own attention.
+
+    Doubles stay as they are. A dispatch rule and not a cast in the kernel: tracing then records the casts, and the fake kernel
+    sees the dtypes of the real one.
+    """
+
+    def rule(device_type: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            lowered = [x for place, x in enumerate(args) if place in places and x is not None]
+            operator = getattr(torch.ops.hydra, name).default
+            if all(x.dtype != torch.float64 for x in lowered):
+                dtype = torch.get_autocast_dtype(device_type)
+                args = tuple(x.to(dtype) if place in places and x is not None else x for place, x in enumerate(args))
+            with torch.autocast(device_type, enabled=False):
+                return operator(*args, **options)
+
+        return call
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _AUTOCAST.impl(name, rule(device_type), key)
+
+
+_AUTOCAST = torch.library.Library("hydra", "FRAGMENT")

@@ -14,9 +14,11 @@ from hydrasurgery.dialect.checks import (
     expect_state,
     fake,
     full_precision,
+    lower_under_autocast,
     refuse_tangents,
     refuse_transforms,
 )
+from hydrasurgery.dialect.operators import operator
 from hydrasurgery.kernels import registry
 from hydrasurgery.kernels.rotary import TURNS
 
@@ -146,10 +148,9 @@ def decode_step(
     )
 
 
-@torch.library.custom_op(
-    "hydra::decode_step",
-    mutates_args=("state", "conv_states"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor? gate, Tensor gamma, Tensor? A_log, Tensor? dt_bias, "
+@operator(
+    "decode_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor? gate, Tensor gamma, Tensor? A_log, Tensor? dt_bias, "
     "Tensor[] conv_weights, Tensor(a!) state, Tensor(b!)[] conv_states, Tensor? valid=None, Tensor? reset=None, "
     'Tensor? cos=None, Tensor? sin=None, *, float? scale=None, float eps=1e-6, str turn="half") -> Tensor',
 )
@@ -188,3 +189,6 @@ def _(
     cos=None, sin=None, *, scale=None, eps=1e-6, turn="half",
 ):  # fmt: skip
     return fake(v)
+
+
+lower_under_autocast("decode_step", 0, 1, 2)

@@ -15,11 +15,13 @@ from hydrasurgery.dialect.checks import (
     fake_or_empty,
     full_precision,
     given,
+    lower_under_autocast,
     or_empty,
     refuse_tangents,
     refuse_transforms,
     save,
 )
+from hydrasurgery.dialect.operators import operator
 from hydrasurgery.kernels import registry
 from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES, output_dtype
 
@@ -153,10 +155,9 @@ def _training_module(
     return registry.kernel("linear_attention", case, q.device)
 
 
-@torch.library.custom_op(
-    "hydra::linear_attention_forward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor o, Tensor state, Tensor[] kept)",
+@operator(
+    "linear_attention_forward",
+    f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor o, Tensor state, Tensor[] kept)",
 )
 def _forward(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
@@ -180,10 +181,9 @@ def _(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=N
     return o, final, list(module.kept_like(q, k, v, decay, beta, state, rule=rule, scale=scale))
 
 
-@torch.library.custom_op(
-    "hydra::linear_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_o, Tensor? grad_state, Tensor[] kept, {_INPUTS}, *, {_OPTIONS}) -> "
+@operator(
+    "linear_attention_backward",
+    f"(Tensor grad_o, Tensor? grad_state, Tensor[] kept, {_INPUTS}, *, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(grad_o, grad_state, kept, q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
@@ -240,3 +240,5 @@ _LIBRARY.define(
 torch.library.register_fake("hydra::linear_attention", _fake_run, lib=_LIBRARY)
 _LIBRARY.impl("linear_attention", _run, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_attention", _autograd, "Autograd", with_keyset=True)
+
+lower_under_autocast("linear_attention", 0, 1, 2)

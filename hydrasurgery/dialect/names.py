@@ -5,7 +5,15 @@ Importing it registers the operators.
 
 import torch
 
-from hydrasurgery.dialect import attention, causal_conv, decode_step, linear_attention, scale_norm_fusion, tokens  # noqa: F401
+from hydrasurgery.dialect import (  # noqa: F401
+    attention,
+    causal_conv,
+    decode_step,
+    head_inputs,
+    linear_attention,
+    scale_norm_fusion,
+    tokens,
+)
 from hydrasurgery.kernels.linear_attention.reference import DECAY_RULES, DELTA_RULES, RULES, Rule
 
 ATTENTION = torch.ops.hydra.attention.default
@@ -15,6 +23,7 @@ FUSION = torch.ops.hydra.scale_norm_fusion.default
 PREVIOUS_TOKENS = torch.ops.hydra.previous_tokens.default
 TOKEN_POSITIONS = torch.ops.hydra.token_positions.default
 DECODE_STEP = torch.ops.hydra.decode_step.default
+HEAD_INPUTS = torch.ops.hydra.head_inputs.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 FULL, LINEAR = "full", "linear"
@@ -28,6 +37,7 @@ __all__ = [
     "DELTA_RULES",
     "FULL",
     "FUSION",
+    "HEAD_INPUTS",
     "KINDS",
     "LINEAR",
     "LINEAR_ATTENTION",

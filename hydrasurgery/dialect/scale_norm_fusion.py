@@ -16,8 +16,8 @@ from hydrasurgery.dialect.checks import (
     or_empty,
     refuse_tangents,
     refuse_transforms,
-    save,
 )
+from hydrasurgery.dialect.operators import operator
 from hydrasurgery.kernels import registry
 
 
@@ -83,9 +83,7 @@ _FUSION_INPUTS = "Tensor? o_full, Tensor? o_linear, Tensor gamma, Tensor? gate=N
 _FUSION_OPTIONS = "int[] linear_heads, bool norm_full=False, float eps=1e-6"
 
 
-@torch.library.custom_op(
-    "hydra::scale_norm_fusion", mutates_args=(), schema=f"({_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> Tensor"
-)
+@operator("scale_norm_fusion", f"({_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> Tensor")
 def _scale_norm_fusion(o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=1e-6):
     refuse_tangents(o_full, o_linear, gamma, gate)
     case = registry.scale_norm_fusion_case("forward", o_full, o_linear)
@@ -102,10 +100,9 @@ def _(o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=
     return given[0].new_empty(batch, length, sum(o.shape[2] for o in given), dim, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "hydra::scale_norm_fusion_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "scale_norm_fusion_backward",
+    f"(Tensor grad, {_FUSION_INPUTS}, *, {_FUSION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _scale_norm_fusion_backward(grad, o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False, eps=1e-6):
     case = registry.scale_norm_fusion_case("backward", o_full, o_linear)
@@ -120,14 +117,10 @@ def _(grad, o_full, o_linear, gamma, gate=None, *, linear_heads, norm_full=False
     return tuple(fake_or_empty(x, grad) for x in (o_full, o_linear, gamma, gate))
 
 
-def _scale_norm_fusion_setup(ctx, inputs, keyword_only_inputs, output):
-    save(ctx, inputs, keyword_only_inputs)
-
-
 def _scale_norm_fusion_grads(ctx, grad):
     inputs = ctx.saved_tensors
     grads = torch.ops.hydra.scale_norm_fusion_backward.default(grad, *inputs, **ctx.options)
     return given(grads, inputs)
 
 
-_scale_norm_fusion.register_autograd(_scale_norm_fusion_grads, setup_context=_scale_norm_fusion_setup)
+_scale_norm_fusion.register_autograd(_scale_norm_fusion_grads)

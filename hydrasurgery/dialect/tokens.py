@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hydrasurgery.dialect.checks import check_mask_dtype, expect
+from hydrasurgery.dialect.operators import operator
+from hydrasurgery.kernels.attention.reach import is_reach, parts
 
 MASKED = -1.0e4  # what additive masks hold where a token may not attend is this or less, in every dtype
 
@@ -27,9 +29,9 @@ def token_flags(
     call is taken to go on: padding as long as the window cannot be told from another document. The mask's first head is read.
 
     Args:
-        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (-1e4 or less = may not), or None.
+        mask: [B or 1, H or 1, T, S], bool (True = may attend) or float (-1e4 or less = may not); a reach mask; or None.
         hidden_states: [B, T, ...]; only its shape and device are used.
-        first_key: which of the S keys the first token is, a number or a tensor [1] or []; S - T if None.
+        first_key: which of the S keys the first token is, a number or a tensor [1] or []; S - T if None. A reach mask says it.
         window: the number of keys that the attention sees, the query's own included.
 
     Returns:
@@ -49,6 +51,8 @@ def token_flags(
     if mask is None:
         flags = hidden_states.new_ones((batch, length), dtype=torch.bool)
         return flags, ~flags
+    if is_reach(mask):
+        return _known_flags(mask, length, window)
     expect_mask(mask, length)
     first = mask[:, 0]
     start = first.shape[2] - first.shape[1] if first_key is None else first_key
@@ -82,6 +86,37 @@ def _starts(first: Tensor, valid: Tensor, own: Tensor, start: Tensor | int, wind
     if window is not None:
         follows = follows | (torch.arange(length, device=first.device) - before >= window)
     return valid & ~((before >= 0) & follows) & ~((before < 0) & goes_on)
+
+
+def _known_flags(mask: Tensor, length: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """`_flags_of_reach`, once for all layers that are given one mask."""
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return _flags_of_reach(mask, length, window)
+    key = (length, window, mask._version)
+    known: dict[Any, tuple[Tensor, Tensor]] = vars(mask).setdefault("_hydra_flags", {})
+    if key not in known:
+        known[key] = _flags_of_reach(mask, length, window)
+    return known[key]
+
+
+def _flags_of_reach(mask: Tensor, length: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """`token_flags` of a mask of reaches [B, 1, 1, S + 1]."""
+    reach, start = parts(mask)
+    own = start + torch.arange(length, device=mask.device, dtype=mask.dtype)
+    valid = reach.gather(1, own.long()) > own
+    if length == 0:
+        return valid, valid
+    previous = torch.ops.hydra.previous_tokens.default(valid)
+    before = previous.narrow(1, 0, length)
+    follows = reach.gather(1, (before + start).clamp(min=0)) > own
+    if window is not None:
+        follows = follows | (torch.arange(length, device=mask.device) - before >= window)
+        goes_on = torch.ones_like(valid)
+    else:
+        unseen = (previous.narrow(1, 1, length) < 0).sum(1, keepdim=True)  # tokens before the first valid one
+        key = torch.arange(reach.shape[1], device=mask.device)
+        goes_on = ((key < start) & (reach > start + unseen)).any(1, keepdim=True) | (own == 0).narrow(1, 0, 1)
+    return valid, valid & ~((before >= 0) & follows) & ~((before < 0) & goes_on)
 
 
 def _look(first: Tensor, columns: Tensor) -> Tensor:
@@ -131,7 +166,13 @@ def previous_tokens(valid: Tensor, mask: Tensor | None = None) -> Tensor | None:
         return None
     if _is(valid.shape[1], 1):
         return torch.nn.functional.pad(valid.long() - 1, (1, 0), value=-1)
-    return torch.ops.hydra.previous_tokens.default(valid)
+    if torch.compiler.is_compiling() or not is_reach(mask) or valid.is_inference():
+        return torch.ops.hydra.previous_tokens.default(valid)
+    known = vars(valid)  # once for all layers that are given one mask, as the flags
+    if "_hydra_previous" not in known:
+        known["_hydra_previous"] = torch.ops.hydra.previous_tokens.default(valid)
+    found: Tensor = known["_hydra_previous"]
+    return found
 
 
 def token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -161,7 +202,7 @@ def token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) ->
     return torch.ops.hydra.token_positions.default(valid, reset, seen)
 
 
-@torch.library.custom_op("hydra::previous_tokens", mutates_args=())
+@operator("previous_tokens", "(Tensor valid) -> Tensor")
 def _previous_tokens(valid: Tensor) -> Tensor:
     place = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid, place, -1)
@@ -175,7 +216,7 @@ def _(valid):
     return valid.new_empty(valid.shape[0], valid.shape[1] + 1, dtype=torch.int64)
 
 
-@torch.library.custom_op("hydra::token_positions", mutates_args=())
+@operator("token_positions", "(Tensor valid, Tensor reset, Tensor? seen=None) -> (Tensor, Tensor)")
 def _token_positions(valid: Tensor, reset: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     count = valid.long().cumsum(1)
     if seen is not None:

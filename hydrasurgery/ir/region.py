@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from hydrasurgery.dialect.checks import DERIVATIVES, refuse_transforms
-from hydrasurgery.dialect.names import FULL, KINDS, LINEAR
+from hydrasurgery.dialect.names import ATTENTION, FULL, KINDS, LINEAR
+from hydrasurgery.dialect.tokens import token_flags
 from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.inference.cache import layer_state
 from hydrasurgery.ir.code import compiled
+from hydrasurgery.ir.launches import fewer_launches
+from hydrasurgery.ir.state import exporting
 from hydrasurgery.ir.text import MEANING, format_graph, parse_graph, show_options, unknown_functions
 
 HIDDEN = "hidden-states"  # the role of the input that everything is computed from
@@ -161,6 +164,13 @@ class Region:
         return any(n.op == "placeholder" and n.target == STATE for n in self.graph.nodes)
 
     @property
+    def takes_reach(self) -> bool:
+        """Whether masks may be of O(T) numbers: the operators read them as they are given."""
+        masks = [node.args[3] for node in self.find(ATTENTION) if len(node.args) > 3]
+        masks += [node.args[0] for node in self.find(token_flags)]
+        return all(mask is None or (isinstance(mask, fx.Node) and mask.op == "placeholder") for mask in masks)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the first matrix among the parameters; of any parameter, or the default one, where there is none."""
         parameters = sorted(self.module.parameters(), key=lambda p: p.dim() < 2)  # vectors may be kept in fp32
@@ -170,6 +180,11 @@ class Region:
     def device(self) -> torch.device:
         """Of the parameters; the CPU where there are none."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def kept_key_value_heads(self) -> int:
+        """How many KV heads a full head reads: those whose keys a cache keeps."""
+        return len({self.key_value_head(head) for head in self.full_heads})
 
     def key_value_head(self, head: int) -> int:
         """The KV head that query head `head` reads."""
@@ -313,7 +328,8 @@ class RegionModule(nn.Module):
         roles = [node.meta.get("role") for node in region.graph.nodes if node.op == "placeholder"]
         self._hidden = roles.index(HIDDEN) if HIDDEN in roles else 0
         self._run = compiled(region.graph)
-        self._run_decode = None if region.decode is None else compiled(region.decode)
+        self._run_fast = compiled(fewer_launches(region.graph))
+        self._run_decode = None if region.decode is None else compiled(fewer_launches(region.decode))
 
     def retake(self) -> None:
         """Compile what was unpickled, once both the region and the module are there."""
@@ -383,13 +399,15 @@ class RegionModule(nn.Module):
             values.append(state)
             if self._run_decode is not None and self._continues(state, values[self._hidden]):
                 return self._run_decode(self, *values)
+        if not torch.compiler.is_compiling() and values[self._hidden].is_cuda:
+            return self._run_fast(self, *values)
         return self._run(self, *values)
 
     @staticmethod
     def _continues(state: Any, hidden_states: Tensor) -> bool:
         """Whether this is one token that follows others, in plain inference. An exported graph must serve any number of tokens;
         torch.compile makes a graph of its own for one token."""
-        if state is None or not state.states or torch.is_grad_enabled() or _exporting():
+        if state is None or not state.states or torch.is_grad_enabled() or exporting():
             return False
         return hidden_states.shape[1] == 1
 
@@ -410,7 +428,15 @@ class RegionModule(nn.Module):
         return "".join(map(LETTERS.__getitem__, self.kinds))
 
 
-COMPILED = ("_inputs", "_threaded", "_hidden", "_run", "_run_decode", "_origins")  # what is made anew in a copy
+COMPILED = (
+    "_inputs",
+    "_threaded",
+    "_hidden",
+    "_run",
+    "_run_fast",
+    "_run_decode",
+    "_origins",
+)  # what is made anew in a copy
 
 
 def _clone(module: Any) -> Any:
@@ -430,10 +456,3 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
 
     mine, theirs = vars(one), vars(other)
     return mine.keys() == theirs.keys() and all(same(mine[key], theirs[key]) for key in mine)
-
-
-def _exporting() -> bool:
-    compiler = torch.compiler
-    if compiler.is_dynamo_compiling():
-        return compiler._is_exporting_flag  # dynamo of PyTorch 2.11 takes `is_exporting()` to be True, whatever it is
-    return compiler.is_compiling()

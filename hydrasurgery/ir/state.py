@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hydrasurgery import ops
+from hydrasurgery.dialect.names import DECODE_STEP
 
 
 def extend_kv(state: Any, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def step_linear(
         held = state.read(name)
         if not held.is_contiguous():
             state.write(name, held.contiguous())
-    o = ops.decode_step(
+    o = DECODE_STEP(  # not by its checked form: the passes know what they hand over
         q[:, :, 0],
         k[:, :, 0],
         v[:, :, 0],
@@ -69,12 +70,12 @@ def step_linear(
         A_log,
         dt_bias,
         weights,
-        state=state.states["recurrent"],
-        conv_states=[state.states[name] for name in names],
-        valid=valid[:, 0],
-        reset=reset[:, 0],
-        cos=None if cos is None else cos[:, 0, 0],
-        sin=None if sin is None else sin[:, 0, 0],
+        state.states["recurrent"],
+        [state.states[name] for name in names],
+        valid[:, 0],
+        reset[:, 0],
+        None if cos is None else cos[:, 0, 0],
+        None if sin is None else sin[:, 0, 0],
         scale=scale,
         eps=eps,
         turn=turn,
@@ -99,3 +100,11 @@ TELLS = (
     step_linear,
     write_state,
 )  # they change the cache layer: a graph keeps them, read or not
+
+
+def exporting() -> bool:
+    """Whether a graph is made that must serve every call, of any length."""
+    compiler = torch.compiler
+    if compiler.is_dynamo_compiling():
+        return compiler._is_exporting_flag  # dynamo of PyTorch 2.11 takes `is_exporting()` to be True, whatever it is
+    return compiler.is_compiling()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hydrasurgery.kernels.attention.reach import densely
 from hydrasurgery.kernels.attention.reference import block_mask, blocks, repeat_heads
 
 ADDED = 1 << 27  # numbers of a block's mask
@@ -30,6 +31,7 @@ def backward(
     """As `reference.backward`, without softcap and sinks. Sums differ in the last bits from run to run, unless
     `torch.use_deterministic_algorithms(True)`: PyTorch's kernel adds where it splits the keys."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    mask = densely(mask, q.shape[2])
     groups, times = k.shape[1], q.shape[1] // k.shape[1]
     keys, values = repeat_heads(k, times), repeat_heads(v, times)
     grad = grad.to(q.dtype).transpose(1, 2)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hydrasurgery.kernels.attention.reach import densely
+
 # Scores held at once, over batch and heads. Backward: 4 MB of fp32 stay in a CPU's cache, an accelerator wants larger products.
 # Eager forward: high enough that whatever transformers itself could run is one block, for a block may round differently.
 BACKWARD_SCORES_CPU = 1 << 20
@@ -38,6 +40,7 @@ def forward(
     tell from a shift of the row.
     """
     queries, keys = q.shape[2], k.shape[2]
+    mask = densely(mask, queries)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     fast = softcap is None and sinks is None
@@ -70,6 +73,7 @@ def backward(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, queries, _ = q.shape
+    mask = densely(mask, queries)
     groups = k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_all, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)

@@ -20,7 +20,8 @@ aten = torch.ops.aten
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, **options: Any) -> Tensor:
     """As `reference.forward`, without softcap and sinks."""
-    order = ORDER if _has_cudnn(q) else ORDER[1:]
+    # cuDNN builds a plan for every new number of keys, which takes a millisecond: too long for one token.
+    order = ORDER if q.shape[2] > 1 and _has_cudnn(q) else ORDER[1:]
     with sdpa_kernel(order, set_priority=True):
         return reference.forward(q, k, v, mask, sinks, **options)
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hydrasurgery.kernels.attention.reach import is_reach
+
 KEYS = 64  # a block's
 
 
@@ -41,7 +43,10 @@ def _part_kernel(
         added = tl.zeros((ROWS, KEYS), tl.float32)
         if MASK != "none":
             given = mask + batch.to(tl.int64) * m_b + head[:, None].to(tl.int64) * m_h + key[None, :] * m_t
-            if MASK == "bool":
+            if MASK == "reach":
+                place = tl.load(mask + batch.to(tl.int64) * m_b + keys)
+                seen = seen & (key <= place)[None, :] & (tl.load(given, mask=seen, other=0) > place)
+            elif MASK == "bool":
                 seen = seen & (tl.load(given, mask=seen, other=0) != 0)
             else:
                 added = tl.load(given, mask=seen, other=float("-inf")).to(tl.float32)
@@ -121,8 +126,8 @@ def forward(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if not (q.numel() and keys):
         return q.new_zeros(batch, 1, heads, values)
-    kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "added"
-    seen = q if mask is None else mask.expand(batch, heads, 1, keys)
+    kind = "none" if mask is None else "reach" if is_reach(mask) else "bool" if mask.dtype == torch.bool else "added"
+    seen = q if mask is None else mask.expand(batch, heads, 1, mask.shape[3])
     seen = seen.view(torch.uint8) if kind == "bool" else seen
     blocks = triton.cdiv(keys, KEYS)
     parts = max(1, min(blocks, triton.cdiv(_wave(q.device), batch * groups)))

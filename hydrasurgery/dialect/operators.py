@@ -1,0 +1,95 @@
+"""How `hydra::` operators are made known to PyTorch: `torch.library.custom_op` with a tenth of its time for a call.
+
+A layer calls half a dozen operators, and what a call costs the host is what short prompts and single tokens wait for. An operator
+has one kernel for all devices, which dynamo does not look into, a fake one, and its derivative as a function of what was saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydrasurgery.dialect.checks import save
+
+_LIBRARY = torch.library.Library("hydra", "FRAGMENT")
+
+
+class Operator:
+    """The operator `hydra::<name>`; without `register_autograd` its results have no derivative, and say so if one is asked for."""
+
+    def __init__(self, name: str, schema: str, run: Callable[..., Any]) -> None:
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")
+        self.name, self.call = name, getattr(torch.ops.hydra, name).default
+        names = [argument.name for argument in self.call._schema.arguments if not argument.kwarg_only]
+        self.places = {argument: place for place, argument in enumerate(names)}
+        self.grads: Callable[..., Any] | None = None
+        _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """`fake` gives outputs of the right shapes, dtypes and devices."""
+        return torch.library.register_fake(f"hydra::{self.name}", fake, lib=_LIBRARY)
+
+    def register_autograd(self, grads: Callable[..., Any]) -> None:
+        """`grads(ctx, *grad_outputs)` gives a gradient, or None, for each positional input: `ctx.saved_tensors` holds them and
+        `ctx.options` the rest."""
+        self.grads = grads
+
+    def _autograd(self, keys: Any, *inputs: Any, **options: Any) -> Any:
+        below = keys & torch._C._after_autograd_keyset
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if wanted and self.grads is not None:
+            # PyTorch leaves out inputs that are None by default.
+            inputs += (None,) * (len(self.places) - len(inputs))
+            return _Differentiable.apply(self, below, options, *inputs)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = self.call.redispatch(below, *inputs, **options)
+        if not wanted:
+            return outputs
+        source = next(x for x in inputs if isinstance(x, Tensor) and x.requires_grad)
+        if isinstance(outputs, Tensor):
+            return _Fence.apply(self.name, outputs, source)  # type: ignore[no-untyped-call]
+        return tuple(_fenced(self.name, output, source) for output in outputs)
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function the kernel of `hydra::<name>`, of this schema: "(Tensor x, ...) -> Tensor"."""
+    return lambda run: Operator(name, schema, run)
+
+
+class _Differentiable(torch.autograd.Function):
+    """An operator with its derivative, called below autograd."""
+
+    @staticmethod
+    def forward(ctx, operator, below, options, *inputs):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = operator.call.redispatch(below, *inputs, **options)
+        save(ctx, inputs, options)
+        ctx.grads = operator.grads
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        return None, None, None, *ctx.grads(ctx, *grads)
+
+
+class _Fence(torch.autograd.Function):
+    """A result that depends on inputs that ask for a gradient, of an operator that has none."""
+
+    @staticmethod
+    def forward(ctx, name, x, source):  # type: ignore[no-untyped-def]
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        raise RuntimeError(f"hydra::{ctx.name} has no derivative")
+
+
+def _fenced(name: str, output: Any, source: Tensor) -> Any:
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return _Fence.apply(name, output, source)  # type: ignore[no-untyped-call]
+    return output

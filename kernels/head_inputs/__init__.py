@@ -1,0 +1,1 @@
+"""`hydra::head_inputs`: kernels."""
