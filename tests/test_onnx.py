@@ -222,6 +222,34 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     assert taken.read_text() == "mine"
 
 
+def test_slices_are_looked_for_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxscript.rewriter import RewriteRuleSet
+    from onnxscript.rewriter.rules.common import slice_split_rule as rule
+
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[2, 8] x) => (float[2, 4] a, float[2, 4] b)
+    <int64[1] zero = {0}, int64[1] half = {4}, int64[1] end = {8}, int64[1] axis = {1}> {
+        d = Slice(x, half, end, axis)
+        c = Slice(x, zero, half, axis)
+        a = Relu(c)
+        b = Relu(d)
+    }"""
+    looks: list[str] = []
+    match = type(rule).match
+    monkeypatch.setattr(type(rule), "match", lambda *a, **k: (looks.append(a[3].op_type), match(*a, **k))[1])
+
+    def rewritten() -> list[str]:
+        looks.clear()
+        model = onnx_ir.from_proto(onnx.parser.parse_model(text))
+        RewriteRuleSet([rule]).apply_to_model(model)
+        return [node.op_type for node in model.graph]
+
+    with onnx_file._quick():
+        inside, seen = rewritten(), list(looks)
+    assert inside == rewritten() == ["Split", "Relu", "Relu"]
+    assert "Relu" not in seen and "Relu" in looks  # outside every node is looked at, as before
+
+
 def test_an_op_that_the_target_lacks_is_named(tmp_path: Path) -> None:
     @torch.library.custom_op("hydra::of_another_kind", mutates_args=())
     def of_another_kind(x: torch.Tensor) -> torch.Tensor:
