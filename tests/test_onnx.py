@@ -91,10 +91,15 @@ def difference(model: Any, decoder: hs.OnnxDecoder, length: int, steps: int = 20
     return float(max(worst, *(np.abs(a - e).max() for a, e in zip(actual[1:], expected[1:], strict=True))))
 
 
+@functools.cache
+def drawn_once(model: Any) -> tuple[onnx_file.Drawn, Any]:
+    drawn = onnx_file.draw(model, True)
+    return drawn, onnx_ir.to_proto(drawn.graph)
+
+
 def draw_once(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     """From here on an export of `model` finds its graph, which no target has a part in, ready made."""
-    drawn = onnx_file.draw(model, True)
-    made = onnx_ir.to_proto(drawn.graph)
+    drawn, made = drawn_once(model)
 
     def again(asked: Any, cache: bool) -> onnx_file.Drawn:
         assert (asked, cache) == (model, True)
@@ -166,15 +171,19 @@ def test_float16_runs_as_exactly_as_in_torch(family: str, tmp_path: Path) -> Non
     assert max(np.abs(x - y).max() for x, y in zip(found[1:], exact[1:], strict=True)) < 2 * errors[1] + 5e-3
 
 
-def test_bfloat16_is_refused_where_there_are_no_kernels_for_it(tmp_path: Path) -> None:
-    hybrid = make("qwen3", torch.bfloat16)
+def test_bfloat16_is_refused_where_there_are_no_kernels_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hybrid = make("gemma2", torch.bfloat16)
+    draw_once(monkeypatch, hybrid)
     path = hs.export_onnx(hybrid, tmp_path / "model.onnx", verbose=False).path
     with pytest.raises(ExportError, match=r"model\.onnx: .* for a CPU it has none for bfloat16: export float16"):
         loaded(path)
 
 
-def test_the_written_file_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_written_file_says_what_it_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hybrid = make("gemma2", torch.bfloat16)
+    draw_once(monkeypatch, hybrid)
     written = hs.export_onnx(hybrid, tmp_path / "model.onnx", cache=True)
     assert capsys.readouterr().out.strip() == str(written)
     assert "decomposed: attention with a softcap: MatMul and Softmax (1 times)" in str(written)
@@ -220,6 +229,34 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"taken\.onnx: exists"):
         hs.export_onnx(model, taken)
     assert taken.read_text() == "mine"
+
+
+def test_slices_are_looked_for_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxscript.rewriter import RewriteRuleSet
+    from onnxscript.rewriter.rules.common import slice_split_rule as rule
+
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[2, 8] x) => (float[2, 4] a, float[2, 4] b)
+    <int64[1] zero = {0}, int64[1] half = {4}, int64[1] end = {8}, int64[1] axis = {1}> {
+        d = Slice(x, half, end, axis)
+        c = Slice(x, zero, half, axis)
+        a = Relu(c)
+        b = Relu(d)
+    }"""
+    looks: list[str] = []
+    match = type(rule).match
+    monkeypatch.setattr(type(rule), "match", lambda *a, **k: (looks.append(a[3].op_type), match(*a, **k))[1])
+
+    def rewritten() -> list[str]:
+        looks.clear()
+        model = onnx_ir.from_proto(onnx.parser.parse_model(text))
+        RewriteRuleSet([rule]).apply_to_model(model)
+        return [node.op_type for node in model.graph]
+
+    with onnx_file._quick():
+        inside, seen = rewritten(), list(looks)
+    assert inside == rewritten() == ["Split", "Relu", "Relu"]
+    assert "Relu" not in seen and "Relu" in looks  # outside every node is looked at, as before
 
 
 def test_an_op_that_the_target_lacks_is_named(tmp_path: Path) -> None:

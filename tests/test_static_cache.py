@@ -110,7 +110,8 @@ def test_beams_are_reordered_in_place() -> None:
 @pytest.mark.parametrize("family", BACKEND_FAMILIES)
 def test_a_compiled_step_says_what_eager_says_and_is_compiled_once(family: str, batch: int) -> None:
     hybrid, ids = make(family), IDS[:batch]
-    options = {"inner": "aot_eager", "pipeline": PIPELINE}
+    # AOTAutograd, which turns writes in place into returns and back, has every family's step once.
+    options = {"inner": "aot_eager" if batch == 1 else "eager", "pipeline": PIPELINE}
     counter = CompileCounterWithBackend(lambda g, x: hydra(g, x, options=options))
     run = torch.compile(hybrid, backend=counter, fullgraph=True)
     static, dynamic = poisoned(hybrid, 40, batch), DynamicCache(config=hybrid.config)

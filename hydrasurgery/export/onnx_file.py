@@ -169,7 +169,7 @@ def _convert(name: str, traced: Traced, lowering: Any) -> Any:
         raise ExportError(f"{name}: ONNX cannot express {strange[0]}")
     slots = traced.slots or ()
     try:
-        with _quiet():
+        with _quiet(), _quick():
             program = torch.onnx.export(
                 traced.program,
                 dynamo=True,
@@ -202,6 +202,26 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    """Inside the block onnxscript looks for slices that are a split where there is a slice, and not at every node.
+
+    Each look lists all nodes of the graph, so that the time of an export would grow with the square of the number of layers.
+    """
+    from onnxscript.rewriter.rules.common import slice_split_rule as rule
+
+    look = type(rule).try_rewrite
+
+    def look_at_slices(model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        return look(rule, model, graph, node, **options) if node.op_type == "Slice" else None
+
+    setattr(rule, "try_rewrite", look_at_slices)  # noqa: B010  (mypy takes a method for no attribute)
+    try:
+        yield
+    finally:
+        vars(rule).pop("try_rewrite", None)  # which hid the class's; the export of another thread may have ended before
 
 
 def _finish(graph: Any, traced: Traced, model: Any) -> None:

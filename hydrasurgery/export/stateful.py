@@ -243,7 +243,12 @@ def _export(name: str, decoder: nn.Module, arguments: tuple[Any, ...], shapes: t
     settings: Any = _config
     try:
         # Sizes 0 and 1 stay free too: one program takes a whole prompt, one token, and no past.
-        with torch.no_grad(), settings.patch(backed_size_oblivious=True), _OuterProducts():
+        with (
+            torch.no_grad(),
+            settings.patch(backed_size_oblivious=True),
+            torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # a third of the time, and hardly ever of use
+            _OuterProducts(),
+        ):
             return torch.export.export(decoder, arguments, dynamic_shapes=shapes, strict=False)
     except UnsupportedModelError:
         raise
