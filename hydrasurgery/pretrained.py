@@ -144,6 +144,15 @@ class HybridModel:
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the length asked for, where nothing was compiled for another; without buffers made in advance for the keys of all
+        heads."""
+        if "prefill_chunk_size" in kwargs:
+            kwargs["prefill_chunk_size"] = None
+        if not hasattr(self, "_compiled_call"):
+            vars(self).pop("_previous_max_cache_length", None)
+        return super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
+
     def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
         valid: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
         if valid and generation_config.compile_config is None:

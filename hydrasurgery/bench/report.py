@@ -60,6 +60,8 @@ def bench_table(rows: Sequence[Row]) -> Table:
     first: dict[tuple[str, int], float] = {}
     for row in rows:
         place = (row["suite"], row.get("size", 0))
+        if row["suite"] == "model":
+            continue
         if "why" in row:
             table.add_row(row["suite"], _size(row), row["contender"], f"[dim]{row['why']}[/dim]", "", "")
         elif "ms" in row:
@@ -71,11 +73,30 @@ def bench_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def model_table(rows: Sequence[Row]) -> Table:
+    """What calls of whole models take, hybrid beside teacher."""
+    table = Table(title="whole models")
+    for heading in ("case", "size", "model", "ms", "tokens/s", "peak GiB", "first call s", "other"):
+        table.add_column(heading, justify="left" if heading in ("case", "model", "other") else "right")
+    known = {"suite", "case", "size", "contender", "ms", "tokens_s", "peak_GiB", "first_call_s", "how", "why"}
+    for row in rows:
+        if row["suite"] == "model":
+            numbers = [f"{row[key]:,.{places}f}" if key in row else "" for key, places in MODEL_COLUMNS]
+            other = [row.get("how") or "", row.get("why") or ""]
+            other += [f"{key} {value:.4g}" for key, value in row.items() if key not in known and value is not None]
+            label = ", ".join(filter(None, other))
+            table.add_row(row["case"], f"{row['size']:,}", row["contender"], *numbers, label)
+    return table
+
+
+MODEL_COLUMNS = (("ms", 2), ("tokens_s", 0), ("peak_GiB", 2), ("first_call_s", 1))
+
+
 def plot(rows: Iterable[Row], path: Path) -> None:
     """Milliseconds over size, one panel per suite, the floor dashed. Needs matplotlib (`pip install 'hydrasurgery[plot]'`)."""
     from hydrasurgery.selection.plots import new_figure, save_figure
 
-    timed = [row for row in rows if "ms" in row]
+    timed = [row for row in rows if "ms" in row and "floor_ms" in row]
     suites = list(dict.fromkeys(row["suite"] for row in timed))
     figure = new_figure((4.5 * max(1, len(suites)), 4))
     for axes, suite in zip(figure.subplots(1, max(1, len(suites)), squeeze=False)[0], suites, strict=False):

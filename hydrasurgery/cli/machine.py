@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,29 +37,48 @@ def bench(
     size: Annotated[
         list[int] | None, typer.Option(min=1, max=LONGEST, help="Tokens or sequences, instead of the suite's own.")
     ] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="A contender to leave out, such as fla.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A contender to leave out, such as fla or teacher.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Of suite `model`: a model's folder, or the shape qwen3-1.7b, smollm2-135m or tiny.")
+    ] = "qwen3-1.7b",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Of suite `model`: prefill, decode, generate, train, ...; all if none is named."),
+    ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CUDA).")] = False,
     out: Annotated[Path | None, typer.Option(help="A JSON file of all that was measured.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG of times over sizes.")] = None,
 ) -> None:
     """Time the kernels against their peers and against the floor of this machine; each is checked before it is timed.
 
-    A CPU runs sizes of at most 1024 unless --size says otherwise.
+    A CPU runs sizes of at most 1024 unless --size says otherwise. The suite `model`, which runs if it is named, times a user's own
+    calls of a whole model, hybrid and teacher in one run.
 
     Example: hydrasurgery bench fusion-forward decode --out bench.json --plot bench.png
+    Example: hydrasurgery bench model --model smollm2-135m --case train --dtype float32 --size 1024
     """
     from hydrasurgery.bench import SUITES
     from hydrasurgery.bench import bench as measure
-    from hydrasurgery.bench.report import bench_table
+    from hydrasurgery.bench.model import CASES, Request, bench_model
+    from hydrasurgery.bench.report import bench_table, model_table
     from hydrasurgery.bench.report import plot as draw
     from hydrasurgery.bench.run import TOLERANCE
     from hydrasurgery.bench.run import cold as first_calls
 
     names = suites or list(SUITES)
+    whole, names = "model" in names, [name for name in names if name != "model"]
     unknown = [name for name in names if name not in SUITES]
     if unknown:
-        raise typer.BadParameter(f"no suite is called {shown(unknown[0])}; there are {', '.join(SUITES)}")
-    contenders = sorted({contender.name for name in names for contender in SUITES[name].contenders})
+        raise typer.BadParameter(f"no suite is called {shown(unknown[0])}; there are model, {', '.join(SUITES)}")
+    strange = [name for name in case or () if name not in CASES]
+    if strange:
+        raise typer.BadParameter(f"--case {shown(strange[0])}: give one of {', '.join(CASES)}")
+    if case and not whole:
+        raise typer.BadParameter("--case is of suite model: name it")
+    contenders = sorted(
+        {contender.name for name in names for contender in SUITES[name].contenders}
+        | ({"hybrid", "teacher"} if whole else set())
+    )
     strange = [name for name in skip or () if name not in contenders]
     if strange:
         raise typer.BadParameter(f"--skip {shown(strange[0])}: the suites' contenders are {', '.join(contenders)}")
@@ -79,15 +99,23 @@ def bench(
 
     with shown_if_lost(lambda: json_text(rows)):
         with console.status("measuring") as status:
-            for row in measure(names, device, dtype=types[dtype], sizes=size, skip=skip or ()):
+            found = measure(names, device, dtype=types[dtype], sizes=size, skip=skip or ())
+            if whole:
+                both = tuple(name for name in ("teacher", "hybrid") if name not in (skip or ()))
+                request = Request(model, tuple(case or ()), tuple(size or ()), types[dtype], contenders=both)
+                found = itertools.chain(found, bench_model(request, device))
+            for row in found:
                 keep(row)
-                status.update(f"{row['suite']} {row.get('size', '')} {row.get('contender', '')}")
+                status.update(f"{row['suite']} {row.get('case', '')} {row.get('size', '')} {row.get('contender', '')}")
             if cold:
                 for name in names:
                     if name != "layer":
                         keep(first_calls(name, "hydra"))
         if out is not None:
             atomic_write_json(out, rows)
-    console.print(bench_table(rows))
+    if names:
+        console.print(bench_table(rows))
+    if whole:
+        console.print(model_table(rows))
     if plot is not None:
         draw(rows, plot)

@@ -40,6 +40,14 @@ def exact(x: Tensor) -> Tensor:
 
     Empty ones too: two slices of one empty tensor would alias each other.
     """
+    if x.is_contiguous() and x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.nbytes > 0:
+        stride = 1  # as most are; the rest is for slices, and for dimensions of size 1 with another stride
+        for size, step in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+            if step != stride:
+                break
+            stride *= size
+        else:
+            return x
     flat = x.contiguous().reshape(-1)
     whole = flat.nbytes > 0 and flat.untyped_storage().nbytes() == flat.nbytes
     return (flat if whole else flat.clone()).view(x.shape)

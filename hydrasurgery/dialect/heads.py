@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,21 +27,29 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
         [[7, 7, 5]]
     """
     dim %= x.dim()
-    size = x.shape[dim]
-    if not heads or min(heads) < 0 or max(heads) >= size:
-        raise ValueError(f"heads must name at least one of the {size} along dimension {dim}, found {tuple(heads)}")
-    if tuple(heads) == tuple(range(size)):
-        return x
-    times = heads.count(heads[0])
-    once = tuple(heads[::times])
-    if times > 1 and tuple(heads) == tuple(h for h in once for _ in range(times)):  # each KV head for its query heads
-        own = select_heads(x, once, dim).unsqueeze(dim + 1)
+    times, runs = _runs(tuple(heads), int(x.shape[dim]), dim)
+    if times > 1:  # each KV head for its query heads
+        own = select_heads(x, tuple(heads[::times]), dim).unsqueeze(dim + 1)
         repeated = own.expand(*own.shape[: dim + 1], times, *own.shape[dim + 2 :])
         # Cloned, not left to flatten: an exported graph would exclude a length of 1.
         return repeated.clone(memory_format=torch.contiguous_format).flatten(dim, dim + 1)
-    parts, first = [], 0
+    parts = [x.narrow(dim, first, count) for first, count in runs]
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0] if parts else x
+
+
+@functools.cache
+def _runs(heads: tuple[int, ...], size: int, dim: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """How many times each head is named in a row, and, if once, the runs of neighbours (first, count); none: all of `size`."""
+    if not heads or min(heads) < 0 or max(heads) >= size:
+        raise ValueError(f"heads must name at least one of the {size} along dimension {dim}, found {heads}")
+    if heads == tuple(range(size)):
+        return 1, ()
+    times = heads.count(heads[0])
+    if times > 1 and heads == tuple(h for h in heads[::times] for _ in range(times)):
+        return times, ()
+    runs, first = [], 0
     for last in range(1, len(heads) + 1):
         if last == len(heads) or heads[last] != heads[last - 1] + 1:
-            parts.append(x.narrow(dim, heads[first], last - first))
+            runs.append((heads[first], last - first))
             first = last
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+    return 1, tuple(runs)
