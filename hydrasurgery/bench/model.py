@@ -63,7 +63,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LONG = 8.0  # seconds of repeating a call, about, at most
 TURN = 1024  # tokens of a second turn
-TOKENS = 128  # that `generate` writes
+TOKENS = 64  # that `generate` writes
 
 
 @dataclass(frozen=True)
@@ -202,21 +202,36 @@ def _padded(model: Any, teacher: Any, size: int, request: Request) -> Iterator[R
 
 
 def _generate(model: Any, teacher: Any, size: int, request: Request) -> Iterator[Row]:
-    """`generate` as README calls it: milliseconds a token after the first, and the first call's, which may compile."""
-    ids = _tokens(model, 1, size)
+    """`generate` as README calls it: median milliseconds from one token to the next, and of the first one; the first call apart,
+    which compiles kernels."""
+    from transformers import StoppingCriteria
 
-    def run(count: int) -> float:
-        _wait(ids.device)
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        _wait(ids.device)
-        return time.perf_counter() - start
+    ids, marks = _tokens(model, 1, size), [0.0]
 
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            _wait(input_ids.device)
+            marks.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def run() -> float:
+        _wait(ids.device)
+        marks[:] = [time.perf_counter()]
+        count = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+        model.generate(ids, **count, do_sample=False, stopping_criteria=[Clock()])
+        return marks[-1] - marks[0]
+
+    first = run()
     _reset_peak(ids.device)
-    first = run(1 + TOKENS)
-    short = min(run(1) for _ in range(2))
-    long = min(run(1 + TOKENS) for _ in range(2))
-    yield {"ms": 1e3 * (long - short) / TOKENS, "first_call_s": first, "prefill_ms": 1e3 * short, **_peak(ids.device)}
+    run()
+    steps = [1e3 * (stop - start) for start, stop in zip(marks[1:], marks[2:], strict=False)]
+    yield {
+        "ms": statistics.median(steps),
+        "first_call_s": first,
+        "first_token_ms": 1e3 * (marks[1] - marks[0]),
+        "slowest_step_ms": max(steps),
+        **_peak(ids.device),
+    }
 
 
 def _train(model: Any, teacher: Any, size: int, request: Request) -> Iterator[Row]:
