@@ -27,7 +27,8 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
         [[7, 7, 5]]
     """
     dim %= x.dim()
-    times, runs = _runs(tuple(heads), int(x.shape[dim]), dim)
+    found = _runs if torch.compiler.is_compiling() else _known_runs  # dynamo looks through caches, and says so
+    times, runs = found(tuple(heads), int(x.shape[dim]), dim)
     if times > 1:  # each KV head for its query heads
         own = select_heads(x, tuple(heads[::times]), dim).unsqueeze(dim + 1)
         repeated = own.expand(*own.shape[: dim + 1], times, *own.shape[dim + 2 :])
@@ -37,7 +38,6 @@ def select_heads(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
     return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0] if parts else x
 
 
-@functools.cache
 def _runs(heads: tuple[int, ...], size: int, dim: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """How many times each head is named in a row, and, if once, the runs of neighbours (first, count); none: all of `size`."""
     if not heads or min(heads) < 0 or max(heads) >= size:
@@ -53,3 +53,6 @@ def _runs(heads: tuple[int, ...], size: int, dim: int) -> tuple[int, tuple[tuple
             runs.append((heads[first], last - first))
             first = last
     return 1, tuple(runs)
+
+
+_known_runs = functools.cache(_runs)

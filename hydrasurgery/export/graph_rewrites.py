@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hydrasurgery.dialect.names import ATTENTION
 from hydrasurgery.ir.graphs import ancestors, arguments
+from hydrasurgery.kernels.attention.reach import OPEN, is_reach, parts
 from hydrasurgery.kernels.attention.reference import visible_keys
 
 # Tokens: a mask whose formula holds a larger number is left as it is, for trying it would need too much memory.
@@ -38,7 +40,7 @@ def drop_causal_masks(graph: fx.GraphModule) -> int:
         if isinstance(mask, fx.Node):
             if mask not in known:
                 known[mask] = _is_causal(mask)
-            if known[mask]:
+            if known[mask] and (_is_dense(mask) or _is_square(node)):
                 node.update_arg(3, None)
                 node.update_kwarg("causal", True)
                 node.update_kwarg("window", None)
@@ -63,7 +65,17 @@ def _is_causal(mask: fx.Node) -> bool:
 
 
 def _numbers(node: fx.Node) -> list[int]:
-    return [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, int)]
+    return [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, int) and x != OPEN]
+
+
+def _is_dense(mask: fx.Node) -> bool:
+    return not is_reach(mask.meta.get("example_value"))
+
+
+def _is_square(attention: fx.Node) -> bool:
+    """Whether there are as many queries as keys, whatever the sizes."""
+    q, k = (node.meta.get("example_value") for node in arguments(attention)[:2])
+    return isinstance(q, Tensor) and isinstance(k, Tensor) and statically_known_true(q.shape[2] == k.shape[2])
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -85,6 +97,9 @@ def _equals_causal(mask: fx.Node, order: list[fx.Node], sizes: dict[fx.Node, int
     except Exception:  # not made of only sizes, or these sizes do not fit: nothing is known of this mask
         return False
     found = values[mask]
+    if isinstance(found, torch.Tensor) and is_reach(found) and found.dim() == 4:
+        reach, first = parts(found)
+        return bool((first == 0).all() and (reach >= reach.shape[1]).all())
     if not isinstance(found, torch.Tensor) or found.dim() != 4 or found.dtype != torch.bool:
         return False
     wanted = visible_keys(found.shape[2], found.shape[3], True, None, found.device)

@@ -78,7 +78,9 @@ def reach_mask(
         whole = kv_length == first + q_length or (
             first == 0 and (attention_mask is None or attention_mask.shape[-1] <= q_length)
         )
-        if whole and (local_size is None or kv_length < local_size) and _all(padding, first + q_length):
+        # A compiled graph with a window serves lengths on both sides of it.
+        short = local_size is None or (not torch.compiler.is_compiling() and kv_length < local_size)
+        if whole and short and _all(padding, first + q_length):
             return None
     key = torch.arange(kv_length, device=device)
     reach = torch.full_like(key, OPEN)[None]

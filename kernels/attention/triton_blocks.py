@@ -93,7 +93,7 @@ def _walk(
     return y, top, total
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "share", "window", "blocks", "tiles"])
 def _forward(
     q, k, v, reach, most, low, open, sinks, out, lse, T, S, share, scale, cap, window,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, blocks, tiles,
@@ -203,7 +203,7 @@ def _key_gradients(
     return dkeys, dvalues
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "window", "blocks"])
 def _backward_keys(
     grad, q, k, v, reach, most, least, lse, delta, dk, dv, T, S, scale, cap, window,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, blocks,
@@ -291,7 +291,7 @@ def _query_gradients(
     return total
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "window", "blocks", "tiles"])
 def _backward_queries(
     grad, q, k, v, reach, most, low, open, lse, delta, dq, T, S, scale, cap, window,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, blocks, tiles,

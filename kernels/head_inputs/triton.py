@@ -71,7 +71,7 @@ def _turned(
     return a, b, own_low, own_high, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     x, weight, state, reset, links, cos, sin, y, tail, x_b, x_h, x_t, turn_b, T, eps,
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr,
@@ -119,7 +119,7 @@ def _forward_kernel(
                 kept = kept & ~_starts(reset, last, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     grad, x, weight, state, reset, links, cos, sin, mixed, tokens, x_b, x_h, x_t, turn_b, T, eps,
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr,
