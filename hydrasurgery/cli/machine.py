@@ -55,7 +55,6 @@ def bench(
     calls of a whole model, hybrid and teacher in one run.
 
     Example: hydrasurgery bench fusion-forward decode --out bench.json --plot bench.png
-    Example: hydrasurgery bench model --model smollm2-135m --case train --dtype float32 --size 1024
     """
     from hydrasurgery.bench import SUITES
     from hydrasurgery.bench import bench as measure

@@ -107,7 +107,7 @@ _ATTENTION_OPTIONS = "float? scale=None, bool causal=True, int? window=None, flo
     f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, {_ATTENTION_OPTIONS}) -> Tensor",
 )
 def _attention(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
-    if mask is not None and not is_reach(mask):
+    if mask is not None and not (is_reach(mask) and mask.shape[3] == k.shape[2] + 1):
         check_mask_dtype(mask)
     refuse_tangents(q, k, v, sinks)
     options = {"causal": causal, "window": window, "softcap": softcap}

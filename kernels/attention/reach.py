@@ -15,7 +15,7 @@ OPEN = 1 << 30  # the reach of a key that every later query sees
 
 def is_reach(mask: Tensor | None) -> bool:
     """Whether a mask is of this form; dense masks are bool or float."""
-    return mask is not None and mask.dtype == torch.int32
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1
 
 
 def parts(mask: Tensor) -> tuple[Tensor, Tensor]:
