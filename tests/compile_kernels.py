@@ -270,7 +270,7 @@ def main(modules: list[str]) -> None:
     for (_, _, message), alike in failures.items():
         print(f"{alike[0]}, and {len(alike) - 1} more:\n{message}\n")
     print(*missing, f"{len(noted)} compilations, {sum(map(len, failures.values()))} failures", sep="\n")
-    sys.exit(bool(failures or missing or not noted))
+    sys.exit(bool(failures or missing))  # what is only called by other kernels is compiled as a part of them
 
 
 if __name__ == "__main__":
