@@ -132,8 +132,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, turn: str) -> Tensor:
-    """The same for x [B, T, H, D]."""
-    return rotate(x.transpose(1, 2), cos, sin, turn).transpose(1, 2)
+    """The same for x [B, T, H, D], in x's dtype: some models turn in fp32 whatever their own is."""
+    return rotate(x.transpose(1, 2), cos, sin, turn).transpose(1, 2).to(x.dtype)
 
 
 def scale_by_length(q: Tensor, positions: Tensor, a: float = LOG_LENGTH) -> Tensor:

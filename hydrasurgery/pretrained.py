@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
@@ -149,19 +148,27 @@ class HybridModel:
         heads."""
         if "prefill_chunk_size" in kwargs:
             kwargs["prefill_chunk_size"] = None
-        if not hasattr(self, "_compiled_call"):
+        if not hasattr(
+            self, "_compiled_call"
+        ):  # transformers' own memory of the longest call, which saves compilations
             vars(self).pop("_previous_max_cache_length", None)
         return super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
 
     def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
         valid: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
-        if valid and generation_config.compile_config is None:
-            return graphs.static(model_kwargs.get("past_key_values")) and not torch.is_autocast_enabled("cuda")
+        if valid and self._steps_by_graph(generation_config.compile_config):
+            reason = graphs.why_not_with(self, model_kwargs.get("past_key_values"))
+            if reason is not None:
+                graphs.say(reason)
+            return reason is None
         return valid
+
+    def _steps_by_graph(self, compile_config: Any) -> bool:
+        return compile_config is None and self.device.type == "cuda"  # type: ignore[attr-defined,no-any-return]
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` calls for every token after the first: a step by CUDA graph, or what `compile_config` asks for."""
-        if compile_config is None:
+        if self._steps_by_graph(compile_config):
             return graphs.StepGraph(self.__call__)  # type: ignore[operator]
         return super().get_compiled_call(compile_config)  # type: ignore[misc]
 

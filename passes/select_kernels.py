@@ -31,7 +31,7 @@ class SelectKernels(Pass):
     Every call makes that choice anew from what it is given, so this pass changes nothing: it shows what is to be expected.
 
     Options: `device` and `dtype` (those of the region's parameters if empty), `mode` (forward, backward or decode), `masked`
-    (whether calls come with an attention mask, as padded batches do).
+    (whether calls come with a mask of padding or documents: one number a key; a dense one of the user's own is not meant).
     """
 
     name: ClassVar[str] = "select-kernels"
@@ -69,7 +69,7 @@ class SelectKernels(Pass):
         """What the node's calls will be like, as `registry.Case` names it."""
         if node.target is ATTENTION:
             window = region.window is not None and not self.masked
-            flags = {"mask": self.masked, "window": window, "softcap": region.softcap, "sinks": region.sinks}
+            flags = {"reach": self.masked, "window": window, "softcap": region.softcap, "sinks": region.sinks}
             yield from (name for name, used in flags.items() if used)
             if region.value_dim != region.head_dim:
                 yield "a value width of its own"

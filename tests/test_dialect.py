@@ -6,6 +6,7 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 import torch
 
 import hydrasurgery
@@ -49,3 +50,13 @@ def test_names_are_those_of_registered_operators() -> None:
         ).split()
     }
     assert set(names.DECAY_RULES) | set(names.DELTA_RULES) < set(names.RULES)
+
+
+def test_a_result_without_a_derivative_says_so_whichever_input_asks() -> None:
+    q, state, taps = torch.randn(1, 2, 4), torch.zeros(1, 2, 4, 4), torch.zeros(3, 1, 8, 3)
+    weights = [torch.randn(8, 4, requires_grad=place == 1) for place in range(3)]  # in a list, and not the first of it
+    out = torch.ops.hydra.decode_step(
+        q, q, q, -q[..., 0].abs(), q[..., 0], None, torch.ones(2), None, None, weights, state, list(taps)
+    )
+    with pytest.raises(RuntimeError, match="hydra::decode_step has no derivative"):
+        out.sum().backward()

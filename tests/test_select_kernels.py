@@ -8,6 +8,7 @@ import torch
 import hydrasurgery as hs
 from hydrasurgery.errors import PipelineError, PreconditionError
 from hydrasurgery.kernels import registry
+from hydrasurgery.kernels.attention.reach import OPEN
 from hydrasurgery.kernels.registry import Machine
 from hydrasurgery.passes import parse, run_pipeline
 from hydrasurgery.passes import select_kernels as module
@@ -53,7 +54,7 @@ def test_a_cpu_runs_the_references():
         ("dtype=bfloat16", "fa3", "triton"),
         ("dtype=bfloat16,mode=backward", "sdpa", "triton"),
         ("dtype=bfloat16,mode=decode", "fa3", "triton"),
-        ("dtype=bfloat16,masked=True", "sdpa, masked", "triton"),
+        ("dtype=bfloat16,masked=True", "triton, blocks", "triton"),
         ("dtype=float64", "reference", "reference"),
     ],
 )
@@ -89,7 +90,7 @@ def test_what_is_noted_is_what_a_call_takes(monkeypatch, family):
                 if named is None
                 else x
                 if node is region.source
-                else torch.zeros(named)
+                else torch.full((2, 1, 1, 6), OPEN, dtype=torch.int32).index_fill(3, torch.tensor(5), 0)
                 if mask
                 else torch.randn(named)
             )

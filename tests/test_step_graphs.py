@@ -105,3 +105,17 @@ def test_a_cache_of_the_users_own_is_used(hybrid):
     cache = DynamicCache(config=hybrid.config)
     found = hybrid.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
     assert cache.get_seq_length() == found.shape[1] - 1
+
+
+def test_hooks_are_run_at_every_step(hybrid):
+    from hydrasurgery.inference import graphs
+
+    graphs._said.clear()
+    seen = []
+    handle = hybrid.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    try:
+        with pytest.warns(RuntimeWarning, match="without CUDA graphs: the model has forward hooks"):
+            hybrid.generate(prompt()[0], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    finally:
+        handle.remove()
+    assert len(seen) == 6

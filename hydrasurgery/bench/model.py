@@ -7,6 +7,7 @@ itself, `generate`, a training step, `hydrasurgery.distill`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import statistics
 import time
@@ -76,7 +77,6 @@ class Request:
     dtype: torch.dtype = torch.bfloat16
     layers: int | None = None
     batch: int = 8
-    ratio: str = "7:1"
     contenders: tuple[str, ...] = ("teacher", "hybrid")
 
 
@@ -104,7 +104,7 @@ def bench_model(request: Request, device: torch.device) -> Iterator[Row]:
     if unknown:
         raise HydraError(f"no case is called {unknown[0]!r}; there are {', '.join(CASES)}")
     teacher = _teacher(request, device)
-    plan = hs.plan_heads(teacher, ratio=request.ratio, unit="kv-group", strategy="random")
+    plan = hs.plan_heads(teacher, ratio="7:1", unit="kv-group", strategy="random")
     for name in request.cases or tuple(CASES):
         case, training = CASES[name]
         for contender in request.contenders:
@@ -170,14 +170,16 @@ def _decode(model: Any, teacher: Any, size: int, request: Request) -> Iterator[R
 
 @torch.no_grad()
 def _count(model: Any, teacher: Any, size: int, request: Request) -> Iterator[Row]:
-    """Launches a layer, of a prompt and of a single token. Last of all cases: a process that was traced launches slower."""
+    """Launches a layer, and what the card computes in, of a prompt and of a single token. Last of all cases: a process that was
+    traced launches slower."""
     ids, cache = _tokens(model, 1, size), _cache(model)
     layers = model.config.get_text_config().num_hidden_layers
     if not ids.is_cuda:
         return
     prompt = _launches(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
     step = _launches(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True))
-    yield {"launches_of_prompt": prompt / layers, "launches_of_token": step / layers}
+    for what, (count, ms) in (("prompt", prompt), ("token", step)):
+        yield {"how": what, "launches_a_layer": count / layers, "device_ms": ms}
 
 
 @torch.no_grad()
@@ -236,7 +238,7 @@ def _generate(model: Any, teacher: Any, size: int, request: Request) -> Iterator
 
 def _train(model: Any, teacher: Any, size: int, request: Request) -> Iterator[Row]:
     """A training step: cross entropy, bf16 autocast, fused AdamW; eager, then compiled by Inductor."""
-    model = model.float()
+    model = (copy.deepcopy(model) if model is teacher else model).float()  # the teacher is needed as it is
     ids = _tokens(model, request.batch, size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=ids.is_cuda)
     for how, call in (("eager", model), ("compiled", torch.compile(model))):
@@ -311,13 +313,15 @@ def _timed(model: nn.Module, run: Callable[[], object], tokens: int, repeats: in
     return {"ms": 1e3 * seconds, "tokens_s": tokens / seconds, **_peak(device)}
 
 
-def _launches(step: Callable[[], object]) -> int:
+def _launches(step: Callable[[], object]) -> tuple[int, float]:
+    """How many there are, and the milliseconds that they take on the card."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events())
+    launched = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(launched), 1e-3 * sum(event.self_device_time_total for event in launched)
 
 
 def _tokens(model: Any, batch: int, length: int) -> Tensor:

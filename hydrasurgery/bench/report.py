@@ -16,7 +16,8 @@ Row = dict[str, Any]
 # Of each operator: what is shown, its modes, and what the call is like besides its head dim.
 TYPICAL: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
     ("attention", "attention", (FORWARD, BACKWARD, DECODE), frozenset()),
-    ("attention with a mask", "attention", (FORWARD, BACKWARD, DECODE), frozenset({"mask"})),
+    ("attention, padded or packed", "attention", (FORWARD, BACKWARD, DECODE), frozenset({"reach"})),
+    ("attention with a dense mask", "attention", (FORWARD, BACKWARD, DECODE), frozenset({"mask"})),
     ("attention with a window", "attention", (FORWARD, BACKWARD), frozenset({"window"})),
     ("attention with a soft cap", "attention", (FORWARD, BACKWARD, DECODE), frozenset({"softcap"})),
     ("linear_attention", "linear_attention", (FORWARD, BACKWARD, DECODE), frozenset({"gated_delta", "state"})),
@@ -26,6 +27,7 @@ TYPICAL: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
         (FORWARD,),
         frozenset({"gated_delta", "state", "few tokens"}),
     ),
+    ("head_inputs", "head_inputs", (FORWARD, BACKWARD), frozenset()),
     ("causal_conv", "causal_conv", (FORWARD, BACKWARD), frozenset({"state", "reset", "padding"})),
     ("scale_norm_fusion", "scale_norm_fusion", (FORWARD, BACKWARD), frozenset()),
     ("decode_step", "decode_step", (DECODE,), frozenset()),

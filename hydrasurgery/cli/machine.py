@@ -45,6 +45,10 @@ def bench(
         list[str] | None,
         typer.Option(help="Of suite `model`: prefill, decode, generate, train, ...; all if none is named."),
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Of suite `model`: sequences of a training step.")] = 8,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Of suite `model`: layers of a shape, instead of its own.")
+    ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CUDA).")] = False,
     out: Annotated[Path | None, typer.Option(help="A JSON file of all that was measured.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG of times over sizes.")] = None,
@@ -101,7 +105,7 @@ def bench(
             found = measure(names, device, dtype=types[dtype], sizes=size, skip=skip or ())
             if whole:
                 both = tuple(name for name in ("teacher", "hybrid") if name not in (skip or ()))
-                request = Request(model, tuple(case or ()), tuple(size or ()), types[dtype], contenders=both)
+                request = Request(model, tuple(case or ()), tuple(size or ()), types[dtype], layers, batch, both)
                 found = itertools.chain(found, bench_model(request, device))
             for row in found:
                 keep(row)

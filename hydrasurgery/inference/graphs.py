@@ -17,6 +17,7 @@ from transformers.cache_utils import StaticLayer
 
 SHARE = 0.5  # of the free memory, that a static cache may take unasked
 CHUNK = 1 << 15  # tokens of a prompt that are computed at once
+WINDOWS = "layers with a sliding window keep a count on the host"
 ASKED = ("output_attentions", "output_hidden_states", "output_router_logits")  # kept by the caller, and not only read
 
 
@@ -64,7 +65,8 @@ class StepGraph:
                 output = self.model(**pytree.tree_unflatten(held, form), past_key_values=cache)
         except Exception as error:  # whatever a model's own code does that a graph cannot hold
             self.able = False
-            say(f"the step could not be captured ({str(error).strip().splitlines()[0][:200]})")
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            say(f"the step could not be captured ({lines[0][:200]})")
             return False
         self.graph, self.output = graph, output
         self.inputs = [leaf for leaf in held if isinstance(leaf, Tensor)]
@@ -81,12 +83,12 @@ def why_not(model: Any, batch: int, length: int) -> str | None:
     from hydrasurgery.inference.cache import own_layers
     from hydrasurgery.ir.stitch import region_modules
 
-    if torch.is_autocast_enabled("cuda"):
-        return "autocast is on, which casts weights anew at every step; call model.to(torch.bfloat16) instead"
+    if reason := _never(model):
+        return reason
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model lies on several devices"
     if any(getattr(layer, "is_sliding", False) for layer in own_layers(model.config.get_text_config(decoder=True))):
-        return "layers with a sliding window keep a count on the host"
+        return WINDOWS
     regions = [module.region for module in region_modules(model).values()]
     numbers = sum(region.kept_key_value_heads * (region.head_dim + region.value_dim) for region in regions)
     needed = numbers * batch * length * model.dtype.itemsize
@@ -100,10 +102,28 @@ def why_not(model: Any, batch: int, length: int) -> str | None:
     return None
 
 
-def static(cache: Any) -> bool:
-    """Whether every layer of a cache keeps its tensors, and no count on the host."""
+def why_not_with(model: Any, cache: Any) -> str | None:
+    """Why `generate` with this cache, which transformers would compile for, does not decode by graphs; None if it does."""
+    if reason := _never(model):
+        return reason
     layers = getattr(cache, "layers", [])
-    return bool(layers) and all(isinstance(layer, StaticLayer) and not layer.is_sliding for layer in layers)
+    if not (layers and all(isinstance(layer, StaticLayer) and not layer.is_sliding for layer in layers)):
+        return WINDOWS
+    return None
+
+
+def _never(model: Any) -> str | None:
+    """What no cache changes."""
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on, which casts weights anew at every step; call model.to(torch.bfloat16) instead"
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+        return "the model has forward hooks, which a graph would not run"
+    return None
 
 
 _said: set[str] = set()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hydrasurgery.kernels.attention.reach import OPEN, parts
 from hydrasurgery.kernels.attention.triton_blocks_gradients import _backward_keys, _backward_queries, _delta
-from hydrasurgery.kernels.attention.triton_scores import _LOG2E, LOG2E, _scores, _tile
+from hydrasurgery.kernels.attention.triton_scores import _LOG2E, LOG2E, _scores, _span, _tile
 
 
 class Tiles(NamedTuple):
@@ -76,24 +76,11 @@ def _forward(
     q += batch * q_b + head.to(tl.int64) * q_h
     k += batch * k_b + (head // GROUP).to(tl.int64) * k_h
     v += batch * v_b + (head // GROUP).to(tl.int64) * v_h
-    start, begin, end = S - T, 0, S
+    start, first, begin, middle, whole, end = _span(
+        reach, low, open, batch, tile, tiles, T, S, window, MASK, CAUSAL, WINDOW, QUERIES, KEYS
+    )
     if MASK:
         reach, most = reach + batch * (S + 1), most + batch * blocks
-        start = tl.load(reach + S)
-        begin = tl.load(low + batch * tiles + tile) * KEYS
-    first = start + tile * QUERIES
-    if CAUSAL:
-        end = tl.minimum(S, first + QUERIES)
-    if WINDOW:
-        begin = tl.maximum(0, first - window + 1) // KEYS * KEYS
-    # Blocks [middle, whole) are seen by all queries of the tile.
-    middle, whole = begin, end // KEYS * KEYS
-    if CAUSAL:
-        whole = tl.minimum(whole, tl.maximum(0, (first + 1) // KEYS * KEYS))
-    if MASK:
-        middle = tl.load(open + batch * tiles + tile) * KEYS
-    if WINDOW:
-        middle = tl.cdiv(tl.maximum(0, first + QUERIES - window), KEYS) * KEYS
     begin, end = tl.maximum(begin, part * share * KEYS), tl.minimum(end, (part + 1) * share * KEYS)
     middle = tl.minimum(tl.maximum(middle, begin), end)
     whole = tl.minimum(tl.maximum(whole, middle), end)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hydrasurgery.kernels.attention.triton_scores import _scores, _tile
+from hydrasurgery.kernels.attention.triton_scores import _scores, _span, _tile
 
 
 @triton.jit
@@ -154,23 +154,11 @@ def _backward_queries(
     row = tile * QUERIES + tl.arange(0, QUERIES)
     k += batch * k_b + (head // GROUP).to(tl.int64) * k_h
     v += batch * v_b + (head // GROUP).to(tl.int64) * v_h
-    start, begin, end = S - T, 0, S
+    start, first, begin, middle, whole, end = _span(
+        reach, low, open, batch, tile, tiles, T, S, window, MASK, CAUSAL, WINDOW, QUERIES, KEYS
+    )
     if MASK:
         reach, most = reach + batch * (S + 1), most + batch * blocks
-        start = tl.load(reach + S)
-        begin = tl.load(low + batch * tiles + tile) * KEYS
-    first = start + tile * QUERIES
-    if CAUSAL:
-        end = tl.minimum(S, first + QUERIES)
-    if WINDOW:
-        begin = tl.maximum(0, first - window + 1) // KEYS * KEYS
-    middle, whole = begin, end // KEYS * KEYS
-    if CAUSAL:
-        whole = tl.minimum(whole, tl.maximum(0, (first + 1) // KEYS * KEYS))
-    if MASK:
-        middle = tl.load(open + batch * tiles + tile) * KEYS
-    if WINDOW:
-        middle = tl.cdiv(tl.maximum(0, first + QUERIES - window), KEYS) * KEYS
     middle = tl.minimum(tl.maximum(middle, begin), tl.maximum(end, begin))
     whole = tl.minimum(tl.maximum(whole, middle), tl.maximum(end, middle))
     place = tl.where(row < T, start + row, -1)

@@ -39,3 +39,29 @@ def _tile(x, place, stride, column, SIZE: tl.constexpr, LIMIT):
     """Rows [place] of a matrix whose columns are contiguous; 0 outside."""
     inside = ((place >= 0) & (place < LIMIT))[:, None] & (column < SIZE)[None, :]
     return tl.load(x + place.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _span(
+    reach, low, open, batch, tile, tiles, T, S, window,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of queries: the place of the first query of all, and of the tile's; the keys [begin, end) that one of them may see,
+    of which all see [middle, whole)."""
+    start, begin, end = S - T, S * 0, S
+    if MASK:
+        start = tl.load(reach + batch * (S + 1) + S)
+        begin = tl.load(low + batch * tiles + tile) * KEYS
+    first = start + tile * QUERIES
+    if CAUSAL:
+        end = tl.minimum(S, first + QUERIES)
+    if WINDOW:
+        begin = tl.maximum(0, first - window + 1) // KEYS * KEYS
+    middle, whole = begin, end // KEYS * KEYS
+    if CAUSAL:
+        whole = tl.minimum(whole, tl.maximum(0, (first + 1) // KEYS * KEYS))
+    if MASK:
+        middle = tl.load(open + batch * tiles + tile) * KEYS
+    if WINDOW:
+        middle = tl.cdiv(tl.maximum(0, first + QUERIES - window), KEYS) * KEYS
+    return start, first, begin, middle, whole, end
