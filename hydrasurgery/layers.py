@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hydrasurgery.kernels.head_gates.reference import FORGET
 from hydrasurgery.kernels.rotary import rotate
 
-FORGET = -50.0  # log decay at a document's first token: exp(-50) of the old state is nothing in fp32
 LOG_LENGTH = 500.0
 
 

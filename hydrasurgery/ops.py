@@ -1,7 +1,7 @@
 """The operators that region graphs are written in, as functions that check shapes and say what is wrong.
 
-There are four pure ones, two that do the work of several at once (`head_inputs`, and `decode_step` for one token), two that count
-and look up tokens, and two helpers on heads and masks.
+There are four pure ones, one that does the work of several at once (`decode_step`, for one token), two that count and look up
+tokens, and two helpers on heads and masks. GPUs run another for many tokens, `hydra::linear_heads`, made of the kernels of these.
 
 An operator is `torch.ops.hydra.<name>`, in a file of its own in `hydrasurgery.dialect`: a schema, a fake kernel, an analytic
 backward that is an operator too (`hydra::<name>_backward`; decoding, counting and looking up have none), and kernels in
@@ -16,7 +16,6 @@ x of `causal_conv`, together, as it does for PyTorch's own attention; gates and 
 from hydrasurgery.dialect.attention import attention
 from hydrasurgery.dialect.causal_conv import causal_conv
 from hydrasurgery.dialect.decode_step import decode_step
-from hydrasurgery.dialect.head_inputs import head_inputs
 from hydrasurgery.dialect.heads import select_heads
 from hydrasurgery.dialect.linear_attention import linear_attention
 from hydrasurgery.dialect.names import RULES
@@ -28,7 +27,6 @@ __all__ = [
     "attention",
     "causal_conv",
     "decode_step",
-    "head_inputs",
     "linear_attention",
     "previous_tokens",
     "scale_norm_fusion",

@@ -196,9 +196,16 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
         "head_inputs": (
             Implementation(
                 "triton", _here("head_inputs", "triton"), (FORWARD, BACKWARD), FLOAT,
-                {"D": range(2, 257, 2), "W": range(1, 17)}, capability=ampere, package=TRITON,
+                {"K": range(2, 257, 2), "V": range(2, 257, 2), "W": range(17)}, capability=ampere, package=TRITON,
             ),
             Implementation("reference", _here("head_inputs", "reference"), (FORWARD, BACKWARD)),
+        ),
+        "head_gates": (
+            Implementation(
+                "triton", _here("head_gates", "triton"), (FORWARD, BACKWARD), FLOAT, {"H": range(1, 257)},
+                capability=ampere, package=TRITON,
+            ),
+            Implementation("reference", _here("head_gates", "reference"), (FORWARD, BACKWARD)),
         ),
         "scale_norm_fusion": (
             Implementation(
@@ -345,7 +352,7 @@ def attention_case(
         "a value width of its own": v.shape[3] != dim,
     }
     mode = DECODE if mode == FORWARD and queries == 1 else mode
-    return _case(mode, (q, k, v), {"D": dim, "V": v.shape[3]}, features)
+    return _case(mode, (q, k, v), {"D": int(dim), "V": int(v.shape[3])}, features)  # symbols in a trace
 
 
 def linear_attention_case(
@@ -383,9 +390,14 @@ def causal_conv_case(
     return _case(mode, (x,), {"W": weight.shape[1]}, features)
 
 
-def head_inputs_case(mode: str, x: Tensor, weight: Tensor) -> Case:
-    """The case of a `hydra::head_inputs`."""
-    return _case(mode, (x,), {"D": x.shape[3], "W": weight.shape[1]}, {})
+def head_inputs_case(mode: str, q: Tensor, v: Tensor, width: int) -> Case:
+    """The case of what linear heads read, in a `hydra::linear_heads`; `width` is the convolutions', 0 without."""
+    return _case(mode, (q, v), {"K": int(q.shape[3]), "V": int(v.shape[3]), "W": width}, {})
+
+
+def head_gates_case(mode: str, raw: Tensor, heads: int) -> Case:
+    """The case of the gates of a `hydra::linear_heads`."""
+    return _case(mode, (raw,), {"H": heads}, {})
 
 
 def scale_norm_fusion_case(mode: str, o_full: Tensor | None, o_linear: Tensor | None) -> Case:

@@ -10,8 +10,8 @@ from torch import fx
 
 from hydrasurgery.dialect.names import ATTENTION, CAUSAL_CONV, LINEAR_ATTENTION, TOKEN_POSITIONS
 from hydrasurgery.ir.graphs import ancestors, arguments
-from hydrasurgery.ir.region import KEPT, STATE, Region
-from hydrasurgery.ir.state import count_tokens, extend_kv, first_key, read_state, write_state
+from hydrasurgery.ir.region import KEPT, Region
+from hydrasurgery.ir.state import STATE, count_tokens, extend_kv, first_key, read_state, write_state
 from hydrasurgery.ops import token_flags
 from hydrasurgery.passes.base import Pass, PassResult, register
 

@@ -29,6 +29,7 @@ from hydrasurgery.kernels.attention import triton as one_query
 from hydrasurgery.kernels.attention import triton_blocks as many
 from hydrasurgery.kernels.causal_conv import triton as conv
 from hydrasurgery.kernels.decode_step import triton as decode
+from hydrasurgery.kernels.head_gates import triton as gates
 from hydrasurgery.kernels.head_inputs import triton as inputs
 from hydrasurgery.kernels.linear_attention import triton as linear
 from hydrasurgery.kernels.linear_attention import triton_walks
@@ -115,19 +116,29 @@ def causal_conv() -> None:
 
 
 def head_inputs() -> None:
-    for dtype, masked, turned, norm in [
-        (DTYPES[0], False, True, True),
-        (DTYPES[0], True, False, False),
-        (DTYPES[1], True, True, True),
-        (DTYPES[1], False, False, True),
+    for dtype, masked, turn, values in [
+        (DTYPES[0], False, "half", 64),
+        (DTYPES[0], True, "pairs", 32),
+        (DTYPES[1], True, "half-back", 64),
+        (DTYPES[1], False, None, 64),
     ]:
-        x, weight = torch.empty(2, 3, 70, 64, dtype=dtype), torch.empty(192, 4, dtype=dtype)
-        state, reset, previous = (torch.empty(2, 192, 3, dtype=dtype), torch.empty(2, 70, dtype=torch.bool), None)
-        if masked:
-            previous = torch.empty(2, 71, dtype=torch.int64)
-        tables = [torch.empty(1, 1, 70, 64, dtype=dtype) if turned else None for _ in range(2)]
-        given = x, weight, None if turned else state, reset, previous, *tables
-        inputs.backward(*inputs.forward(*given, norm=norm), *given, norm=norm)
+        heads = [torch.empty(2, 3, 70, dim, dtype=dtype) for dim in (64, 64, values)]
+        weights = [torch.empty(3 * x.shape[3], 4, dtype=dtype) for x in heads]
+        states = [torch.empty(2, 3 * x.shape[3], 3, dtype=dtype) if masked else None for x in heads]
+        reset = torch.empty(2, 70, dtype=torch.bool) if masked else None
+        previous = torch.empty(2, 71, dtype=torch.int64) if masked else None
+        tables = [torch.empty(1, 1, 70, 32 if masked else 64, dtype=dtype) if turn else None for _ in range(2)]
+        given, options = (heads, weights, states, reset, previous, *tables), {"turn": turn or "half"}
+        results, tails = inputs.forward(*given, **options)
+        grads = [part.squeeze(0) for stack in results for part in stack.split(1)]
+        inputs.backward(grads, tails if masked else None, *given, **options)
+
+
+def head_gates() -> None:
+    for dtype, masked, gated in product(DTYPES, (False, True), (False, True)):
+        raw, parameters = torch.empty(2, 70, 24, dtype=dtype), [torch.empty(6 if gated else 9) for _ in range(3)]
+        flags = [torch.empty(2, 70, dtype=torch.bool) if masked else None for _ in range(2)]
+        gates.backward(*gates.forward(raw, *parameters, *flags, gated=gated), raw, *parameters, *flags)
 
 
 def attention() -> None:
@@ -142,6 +153,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "attention": attention,
     "causal_conv": causal_conv,
     "head_inputs": head_inputs,
+    "head_gates": head_gates,
 }
 
 

@@ -46,7 +46,7 @@ def test_names_are_those_of_registered_operators() -> None:
     assert {str(x) for x in targets if x.namespace == "hydra"} == {
         f"hydra.{name}.default"
         for name in (
-            "attention linear_attention causal_conv scale_norm_fusion token_positions previous_tokens decode_step head_inputs"
+            "attention linear_attention causal_conv scale_norm_fusion token_positions previous_tokens decode_step linear_heads"
         ).split()
     }
     assert set(names.DECAY_RULES) | set(names.DELTA_RULES) < set(names.RULES)

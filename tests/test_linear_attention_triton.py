@@ -265,7 +265,7 @@ def test_refusals_say_why():
 
 @pytest.mark.parametrize("length", [100, 450])
 def test_what_a_forward_keeps_changes_no_bit_of_the_gradients(length, monkeypatch):
-    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)  # so that 450 tokens are two segments
+    monkeypatch.setattr(triton_call, "processors", lambda device: 32)  # so that 450 tokens are two segments
     args = inputs(1, length, 1, 64, 64, decay=0.01)
     grad, grad_state = weights(args)
     o, final, kept = kernel.forward_keeping(*args)
@@ -301,7 +301,7 @@ TRAINING, GRADIENTS = (
 @pytest.mark.parametrize("shape", [(1, 1, 2, 64, 64), (2, 100, 1, 32, 24), (1, 450, 2, 64, 64), (1, 1300, 1, 80, 64)])
 def test_the_fake_kernel_knows_what_a_forward_keeps(shape, state, processors, monkeypatch):
     monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
-    monkeypatch.setattr(triton_call, "_processors", lambda device: processors)  # with 32, long sequences are split
+    monkeypatch.setattr(triton_call, "processors", lambda device: processors)  # with 32, long sequences are split
     args = inputs(*shape, state=state)
     with FakeTensorMode() as mode:
         promised = TRAINING(*(None if x is None else mode.from_tensor(x) for x in args))
@@ -314,7 +314,7 @@ def test_the_fake_kernel_knows_what_a_forward_keeps(shape, state, processors, mo
 @pytest.mark.parametrize("length", [100, 450])
 def test_training_operators_are_sound(length, monkeypatch):
     monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
-    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)
+    monkeypatch.setattr(triton_call, "processors", lambda device: 32)
     args = inputs(1, length, 1, 64, 64)
     # Memory of maps that a first and a last segment do not have stays as it was found: values are not compared.
     torch.library.opcheck(TRAINING, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
@@ -324,7 +324,7 @@ def test_training_operators_are_sound(length, monkeypatch):
 @pytest.mark.parametrize(("length", "count"), [(70, 3), (450, 7)])
 def test_compiled_training_hands_on_what_the_forward_keeps(length, count, monkeypatch):
     monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
-    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)
+    monkeypatch.setattr(triton_call, "processors", lambda device: 32)
     graphs = []
 
     def keep(graph, inputs):
@@ -350,7 +350,7 @@ def test_compiled_training_hands_on_what_the_forward_keeps(length, count, monkey
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_default_partitioner"])
 def test_lengths_share_graphs_in_compiled_training(backend, monkeypatch):
     monkeypatch.setattr(registry, "kernel", lambda op, case, device: kernel)
-    monkeypatch.setattr(triton_call, "_processors", lambda device: 32)
+    monkeypatch.setattr(triton_call, "processors", lambda device: 32)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(ops.linear_attention, backend=counter, fullgraph=True, dynamic=True)

@@ -201,7 +201,8 @@ def test_backward_operators_are_sound():
     """opcheck of an operator does not reach its backward with mixed dtypes, strided gradients or absent inputs."""
     q, k, v = (strided(2, 4, 5, 8).detach().bfloat16() for _ in range(3))
     grad = torch.randn(2, 4, 5, 8).bfloat16().transpose(1, 2)
-    opcheck(torch.ops.hydra.attention_backward.default, (grad, q, k, v), {"softcap": 3.0})
+    opcheck(torch.ops.hydra.attention_forward.default, (q, k, v), {"softcap": 3.0})
+    opcheck(torch.ops.hydra.attention_backward.default, (grad, None, [], q, k, v), {"softcap": 3.0})
     q, k, v, decay, beta, state = (x.detach() for x in recurrence("gated_delta"))
     for grad_state in (torch.zeros_like(state), None):
         inputs = (torch.ones(()).expand_as(v), grad_state, [], q.half(), k, v, decay, beta)

@@ -28,6 +28,7 @@ TYPICAL: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
         frozenset({"gated_delta", "state", "few tokens"}),
     ),
     ("head_inputs", "head_inputs", (FORWARD, BACKWARD), frozenset()),
+    ("head_gates", "head_gates", (FORWARD, BACKWARD), frozenset()),
     ("causal_conv", "causal_conv", (FORWARD, BACKWARD), frozenset({"state", "reset", "padding"})),
     ("scale_norm_fusion", "scale_norm_fusion", (FORWARD, BACKWARD), frozenset()),
     ("decode_step", "decode_step", (DECODE,), frozenset()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -122,32 +124,66 @@ def _(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, s
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
+def _training_module(q: Any, k: Any, v: Any, mask: Any, sinks: Any, options: dict[str, Any]) -> Any:
+    """The kernel of the backward: what its forward keeps is its own."""
+    return registry.kernel("attention", registry.attention_case("backward", q, k, v, mask, sinks, **options), q.device)
+
+
+@operator(
+    "attention_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, "
+    f"{_ATTENTION_OPTIONS}) -> (Tensor o, Tensor[] kept)",
+)
+def _forward(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    """As `attention`, and what the backward needs again, for kernels that have it: nothing of the rest."""
+    options = {"causal": causal, "window": window, "softcap": softcap}
+    module = _training_module(q, k, v, mask, sinks, options)
+    if not hasattr(module, "forward_keeping"):
+        return _attention.run(q, k, v, mask, sinks, scale=scale, **options), []
+    refuse_tangents(q, k, v, sinks)
+    with full_precision(q):
+        out, kept = module.forward_keeping(q, k, v, mask, sinks, scale=scale, **options)
+    return exact(out), [exact(x) for x in kept]
+
+
+@_forward.register_fake
+def _(q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+    options = {"causal": causal, "window": window, "softcap": softcap}
+    module = _training_module(q, k, v, mask, sinks, options)
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    return out, list(module.kept_like(q)) if hasattr(module, "forward_keeping") else []
+
+
 @operator(
     "attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, "
+    "(Tensor grad, Tensor? o, Tensor[] kept, Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? sinks=None, *, "
     f"{_ATTENTION_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _attention_backward(grad, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+def _attention_backward(
+    grad, o, kept, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None
+):
+    """`o` and `kept` of `attention_forward`; without them the forward runs once more."""
     options = {"causal": causal, "window": window, "softcap": softcap}
-    case = registry.attention_case("backward", q, k, v, mask, sinks, **options)
-    backward = registry.kernel("attention", case, q.device).backward
+    backward = _training_module(q, k, v, mask, sinks, options).backward
+    known = {"kept": (o, *kept)} if kept else {}
     with full_precision(q):
-        dq, dk, dv, dsinks = backward(grad, q, k, v, mask, sinks, scale=scale, **options)
+        dq, dk, dv, dsinks = backward(grad, q, k, v, mask, sinks, scale=scale, **options, **known)
     return exact(dq), exact(dk), exact(dv), or_empty(dsinks, q)
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
+def _(grad, o, kept, q, k, v, mask=None, sinks=None, *, scale=None, causal=True, window=None, softcap=None):
     return fake(q), fake(k), fake(v), fake_or_empty(sinks, q)
 
 
 def _attention_grads(ctx, grad):
-    q, k, v, mask, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = torch.ops.hydra.attention_backward.default(grad, q, k, v, mask, sinks, **ctx.options)
+    q, k, v, mask, sinks, o, *kept = ctx.saved_tensors
+    inputs = (q, k, v, mask, sinks)
+    dq, dk, dv, dsinks = torch.ops.hydra.attention_backward.default(grad, o, kept, *inputs, **ctx.options)
     return dq, dk, dv, None, None if sinks is None else dsinks
 
 
-_attention.register_autograd(_attention_grads)
+_attention.register_autograd(_attention_grads, _forward)
 
 
 lower_under_autocast("attention", 0, 1, 2)

@@ -130,11 +130,11 @@ def given(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Ten
     return tuple(None if x is None else grad for grad, x in zip(grads, inputs, strict=True))
 
 
-def lower_under_autocast(name: str, *places: int) -> None:
+def lower_under_autocast(name: str, *places: int, told: str | None = None) -> None:
     """Let `hydra::<name>` take these of its arguments in autocast's dtype, together, as PyTorch lowers those of its own attention.
 
-    Doubles stay as they are. A dispatch rule and not a cast in the kernel: tracing then records the casts, and the fake kernel
-    sees the dtypes of the real one.
+    `told`: an option of the operator that says so. Doubles stay as they are. A dispatch rule and not a cast in the kernel: tracing
+    then records the casts, and the fake kernel sees the dtypes of the real one.
     """
 
     def rule(device_type: str) -> Any:
@@ -144,6 +144,7 @@ def lower_under_autocast(name: str, *places: int) -> None:
             if all(x.dtype != torch.float64 for x in lowered):
                 dtype = torch.get_autocast_dtype(device_type)
                 args = tuple(x.to(dtype) if place in places and x is not None else x for place, x in enumerate(args))
+                options |= {} if told is None else {told: True}
             with torch.autocast(device_type, enabled=False):
                 return operator(*args, **options)
 

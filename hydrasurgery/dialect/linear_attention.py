@@ -19,7 +19,6 @@ from hydrasurgery.dialect.checks import (
     or_empty,
     refuse_tangents,
     refuse_transforms,
-    save,
 )
 from hydrasurgery.dialect.operators import operator
 from hydrasurgery.kernels import registry
@@ -126,8 +125,8 @@ _OPTIONS = 'str rule="gated_delta", float? scale=None'
 # --- without gradients -------------------------------------------------------------------------------------------------------
 
 
-@torch._disable_dynamo  # as custom_op does with its kernels; torch.compiler.disable would import all of dynamo
-def _run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+@operator("linear_attention", f"({_INPUTS}, *, {_OPTIONS}) -> (Tensor o, Tensor state)")
+def _linear_attention(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
     _check_decay(decay)
     refuse_tangents(q, k, v, decay, beta, state)
@@ -138,7 +137,8 @@ def _run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scal
     return exact(o), exact(final)
 
 
-def _fake_run(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
+@_linear_attention.register_fake
+def _fake(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
     _check_rule(rule, decay, beta)
     wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
     o = v.new_empty(v.shape, dtype=output_dtype(rule, v))
@@ -174,7 +174,7 @@ def _forward(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", 
 
 @_forward.register_fake
 def _(q, k, v, decay=None, beta=None, state=None, *, rule="gated_delta", scale=None):
-    o, final = _fake_run(q, k, v, decay, beta, state, rule=rule, scale=scale)
+    o, final = _fake(q, k, v, decay, beta, state, rule=rule, scale=scale)
     module = _training_module(q, k, v, decay, state, rule)
     if not hasattr(module, "forward_keeping"):
         return o, final, []
@@ -203,42 +203,14 @@ def _(grad_o, grad_state, kept, q, k, v, decay=None, beta=None, state=None, *, r
 # --- autograd ----------------------------------------------------------------------------------------------------------------
 
 
-class _Training(torch.autograd.Function):
-    """`hydra::linear_attention_forward` and `hydra::linear_attention_backward`, called below autograd."""
-
-    @staticmethod
-    def forward(ctx, below, options, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            o, final, kept = torch.ops.hydra.linear_attention_forward.default.redispatch(below, *inputs, **options)
-        save(ctx, (*inputs, *kept), options)
-        ctx.set_materialize_grads(False)  # Nobody needs the last state's gradient in training: kernels do without it.
-        return o, final
-
-    @staticmethod
-    def backward(ctx, grad_o, grad_state):
-        q, k, v, decay, beta, state, *kept = ctx.saved_tensors
-        inputs = (q, k, v, decay, beta, state)
-        if grad_o is None:
-            grad_o = torch.zeros_like(v)
-        grads = torch.ops.hydra.linear_attention_backward.default(grad_o, grad_state, kept, *inputs, **ctx.options)
-        return None, None, *given(grads, inputs)
+def _grads(ctx, grad_o, grad_state):
+    q, k, v, decay, beta, state, _, *kept = ctx.saved_tensors
+    inputs = (q, k, v, decay, beta, state)
+    if grad_o is None:
+        grad_o = torch.zeros_like(v)
+    grads = torch.ops.hydra.linear_attention_backward.default(grad_o, grad_state, kept, *inputs, **ctx.options)
+    return given(grads, inputs)
 
 
-def _autograd(keys, q, k, v, decay=None, beta=None, state=None, **options):
-    inputs, below = (q, k, v, decay, beta, state), keys & torch._C._after_autograd_keyset
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Training.apply(below, options, *inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.hydra.linear_attention.default.redispatch(below, *inputs, **options)
-
-
-# Not by custom_op, which has an autograd kernel of its own: it would call this operator again below autograd, and no other one.
-_LIBRARY = torch.library.Library("hydra", "FRAGMENT")
-_LIBRARY.define(
-    f"linear_attention({_INPUTS}, *, {_OPTIONS}) -> (Tensor o, Tensor state)", tags=(torch.Tag.pt2_compliant_tag,)
-)
-torch.library.register_fake("hydra::linear_attention", _fake_run, lib=_LIBRARY)
-_LIBRARY.impl("linear_attention", _run, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_attention", _autograd, "Autograd", with_keyset=True)
-
+_linear_attention.register_autograd(_grads, _forward)
 lower_under_autocast("linear_attention", 0, 1, 2)

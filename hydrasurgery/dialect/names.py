@@ -9,8 +9,8 @@ from hydrasurgery.dialect import (  # noqa: F401
     attention,
     causal_conv,
     decode_step,
-    head_inputs,
     linear_attention,
+    linear_heads,
     scale_norm_fusion,
     tokens,
 )
@@ -23,7 +23,7 @@ FUSION = torch.ops.hydra.scale_norm_fusion.default
 PREVIOUS_TOKENS = torch.ops.hydra.previous_tokens.default
 TOKEN_POSITIONS = torch.ops.hydra.token_positions.default
 DECODE_STEP = torch.ops.hydra.decode_step.default
-HEAD_INPUTS = torch.ops.hydra.head_inputs.default
+LINEAR_HEADS = torch.ops.hydra.linear_heads.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 FULL, LINEAR = "full", "linear"
@@ -37,10 +37,10 @@ __all__ = [
     "DELTA_RULES",
     "FULL",
     "FUSION",
-    "HEAD_INPUTS",
     "KINDS",
     "LINEAR",
     "LINEAR_ATTENTION",
+    "LINEAR_HEADS",
     "PREVIOUS_TOKENS",
     "RULES",
     "Rule",

@@ -23,19 +23,24 @@ class Operator:
     def __init__(self, name: str, schema: str, run: Callable[..., Any]) -> None:
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")
-        self.name, self.call = name, getattr(torch.ops.hydra, name).default
+        self.name, self.run, self.call = name, run, getattr(torch.ops.hydra, name).default
         self.count = sum(not argument.kwarg_only for argument in self.call._schema.arguments)
         self.grads: Callable[..., Any] | None = None
+        self.training: Any = None
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """`fake` gives outputs of the right shapes, dtypes and devices."""
         return torch.library.register_fake(f"hydra::{self.name}", fake, lib=_LIBRARY)
 
-    def register_autograd(self, grads: Callable[..., Any]) -> None:
+    def register_autograd(self, grads: Callable[..., Any], training: Operator | None = None) -> None:
         """`grads(ctx, *grad_outputs)` gives a gradient, or None, for each positional input: `ctx.saved_tensors` holds them and
-        `ctx.options` the rest."""
-        self.grads = grads
+        `ctx.options` the rest.
+
+        `training`: the operator that runs instead where a gradient is wanted. Its outputs are this one's, and a list of tensors to
+        keep: `ctx.saved_tensors` holds the inputs, the first output and those. Gradients of outputs that nobody used are then None.
+        """
+        self.grads, self.training = grads, training
 
     def _autograd(self, keys: Any, *inputs: Any, **options: Any) -> Any:
         below = keys & torch._C._after_autograd_keyset
@@ -72,11 +77,16 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, operator, below, options, *inputs):  # type: ignore[no-untyped-def]
+        training, kept = operator.training, ()
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = operator.call.redispatch(below, *inputs, **options)
-        save(ctx, inputs, options)
+            outputs = (training or operator).call.redispatch(below, *inputs, **options)
+        if training is not None:
+            *outputs, kept = outputs
+            kept = (outputs[0], *kept)
+            ctx.set_materialize_grads(False)
+        save(ctx, (*inputs, *kept), options)
         ctx.grads = operator.grads
-        return outputs
+        return outputs if isinstance(outputs, Tensor) else tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]

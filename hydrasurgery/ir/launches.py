@@ -1,7 +1,6 @@
-"""A graph for fewer launches: the same computation in larger operators, as GPUs run it outside of tracing.
+"""A graph for fewer launches: the same computation in larger operators, as GPUs run it.
 
-It is made of a region's graph whenever that is compiled and is not seen otherwise: passes, exports and torch.compile work on the
-graph as it is.
+It is made of a region's graph whenever that is compiled and is not seen otherwise: passes and exports work on the graph as it is.
 """
 
 from __future__ import annotations
@@ -10,88 +9,96 @@ import copy
 import operator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from hydrasurgery.dialect.heads import select_heads
-from hydrasurgery.dialect.names import CAUSAL_CONV, HEAD_INPUTS
+from hydrasurgery.dialect.tokens import previous_tokens, token_flags
+from hydrasurgery.ir.linear_branch import LinearBranch, linear_branch
+from hydrasurgery.ir.state import STATE, TELLS, flags_of, run_linear, step_linear
 from hydrasurgery.kernels.rotary import rotate
-from hydrasurgery.layers import l2_norm, rotate_tokens, to_heads, to_tokens
+from hydrasurgery.layers import BetaGate, DecayGate, OutputGate, Projection
 
 
-def fewer_launches(graph: fx.Graph) -> fx.Graph:
-    """A copy of `graph` in which convolution, rotary embedding and norm of a linear head's input are one operator, and only heads
-    that are read are rotated."""
+def fewer_launches(module: nn.Module, graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph of `module` in which the linear heads are one operator, flags are made only of masks that there are, and
+    only heads that are read are rotated."""
     new = copy.deepcopy(graph)
-    for node in new.find_nodes(op="call_function", target=to_heads):
-        _fuse(new, node)
+    branch = linear_branch(module, new)
+    if branch is not None:
+        _fuse(new, branch)
     for node in new.find_nodes(op="call_function", target=rotate):
         _select_first(new, node)
-    new.eliminate_dead_code(lambda node: not _replaced(node))
+    for node in new.find_nodes(op="call_function", target=token_flags):
+        _ask_mask_first(new, node)
+    new.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in TELLS)
     return new
 
 
-def _replaced(node: fx.Node) -> bool:
-    return node.target in (
-        to_tokens,
-        to_heads,
-        CAUSAL_CONV,
-        operator.add,
-        operator.getitem,
-        rotate_tokens,
-        l2_norm,
-        rotate,
-    )
+def has_plain_gates(hydra: nn.Module) -> bool:
+    """Whether the gates' modules are as they were made, so that a graph may read their parameters instead of calling them.
+
+    Not so with adapters on their projections, or with hooks.
+    """
+    for name, kind, projection in GATES:
+        gate = hydra._modules.get(name)
+        if gate is None:
+            continue
+        linear = gate._modules[projection]
+        if type(gate) is not kind or type(linear) is not Projection:
+            return False
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (gate, linear)):
+            return False
+    return True
 
 
-def _fuse(graph: fx.Graph, heads: fx.Node) -> None:
-    """`to_heads(x + conv(x))` and what follows it, if that is all the operator does."""
-    mixed = heads.args[0]
-    if not (_only(mixed, operator.add) and isinstance(mixed, fx.Node)):
+GATES = (("decay", DecayGate, "a_proj"), ("beta", BetaGate, "b_proj"), ("output_gate", OutputGate, "g_proj"))
+
+
+def _fuse(graph: fx.Graph, branch: LinearBranch) -> None:
+    """One node, which reads the gates' parameters, for all of a branch."""
+    decay, beta, gate = branch.gates
+    state = next((n for n in graph.nodes if n.op == "placeholder" and n.target == STATE), None)
+    mask, first_key, *window = _flags_arguments(branch)
+    with graph.inserting_before(branch.fusion):
+        parameters = [
+            None if module is None else graph.get_attr(f"{module.target}.{name}")
+            for module, name in (
+                (decay, "a_proj.weight"),
+                (decay, "A_log"),
+                (decay, "dt_bias"),
+                (beta, "b_proj.weight"),
+                (beta, "b_proj.bias"),
+                (gate, "g_proj.weight"),
+            )
+        ]
+        inputs = (branch.hidden, *branch.heads, branch.full, *parameters, branch.gamma, *branch.weights)
+        flags = graph.call_function(flags_of, (mask, branch.hidden, first_key, *window))
+        known = [graph.call_function(operator.getitem, (flags, place)) for place in range(3)]
+        options = {"slots": branch.fusion.kwargs["linear_heads"], **branch.options}
+        branch.replace(graph.call_function(run_linear, (state, *inputs, *known, *branch.tables), options))
+
+
+def _flags_arguments(branch: LinearBranch) -> tuple[Any, ...]:
+    """(mask, first key, window if there is one) that the branch's flags were read from."""
+    node: Any = branch.flags[0].args[0]
+    mask, _, *first = node.args
+    window = node.kwargs.get("window")
+    return mask, first[0] if first else None, *([] if window is None else [window])
+
+
+def _ask_mask_first(graph: fx.Graph, flags: fx.Node) -> None:
+    """Without a mask a step has no flags, rather than some that say nothing."""
+    if any(user.target is not operator.getitem for user in flags.users):
         return
-    tokens, taken = mixed.args
-    if not (_only(taken, operator.getitem) and isinstance(taken, fx.Node) and taken.args[1] == 0):
+    readers = {reader for user in flags.users for reader in user.users}
+    if not readers or any(reader.target not in (step_linear, previous_tokens) for reader in readers):
         return
-    conv: Any = taken.args[0]
-    if not (isinstance(tokens, fx.Node) and tokens.target is to_tokens and conv.target is CAUSAL_CONV):
-        return
-    x, weight, state, reset, previous = (*conv.args, *[None] * 5)[:5]
-    if x is not tokens or set(tokens.users) != {mixed, conv}:
-        return
-    last, norm = heads, False
-    tables: tuple[Any, ...] = ()
-    if _used_by(last, rotate_tokens):
-        (following,) = last.users
-        if following.args[3] == "half" and _as_wide(following):
-            last, tables = following, following.args[1:3]
-    if _used_by(last, l2_norm) and len(next(iter(last.users)).args) == 1:
-        (last,) = last.users
-        norm = True
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    if any(order[table] > order[conv] for table in tables):
-        return
-    inputs = (tokens.args[0], weight, state, reset, previous, *tables)
-    with graph.inserting_before(conv):
-        fused = graph.call_function(HEAD_INPUTS, inputs, {"norm": norm})
-        parts = [graph.call_function(operator.getitem, (fused, place)) for place in (0, 1)]
-    for user in list(conv.users):
-        if user.args[1] == 1:
-            user.replace_all_uses_with(parts[1])
-    last.replace_all_uses_with(parts[0])
-
-
-def _as_wide(turn: fx.Node) -> bool:
-    """Whether a rotary embedding turns all channels of its heads."""
-    x, cos = turn.args[:2]
-    shapes = [node.meta.get("shape") or () for node in (x, cos) if isinstance(node, fx.Node)]
-    return len(shapes) == 2 and shapes[0][-1:] == shapes[1][-1:] != ()
-
-
-def _only(node: Any, target: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
-
-
-def _used_by(node: fx.Node, target: Any) -> bool:
-    return len(node.users) == 1 and next(iter(node.users)).target is target
+    with graph.inserting_before(flags):
+        window = flags.kwargs.get("window")
+        mask, hidden, *first = flags.args
+        given = (mask, hidden, first[0] if first else None, *([] if window is None else [window]))
+        flags.replace_all_uses_with(graph.call_function(flags_of, given))
+    graph.erase_node(flags)
 
 
 def _select_first(graph: fx.Graph, turned: fx.Node) -> None:

@@ -7,7 +7,8 @@ import re
 from torch import nn
 
 from hydrasurgery.errors import RegionTextError
-from hydrasurgery.ir.region import LETTERS, STATE, Inputs, Region, RegionModule
+from hydrasurgery.ir.region import LETTERS, Inputs, Region, RegionModule
+from hydrasurgery.ir.state import STATE
 from hydrasurgery.ir.text import Functions, parse_graph, read_options
 from hydrasurgery.json_files import shown
 

@@ -16,13 +16,12 @@ from hydrasurgery.dialect.tokens import token_flags
 from hydrasurgery.errors import UnsupportedModelError
 from hydrasurgery.inference.cache import layer_state
 from hydrasurgery.ir.code import compiled
-from hydrasurgery.ir.launches import fewer_launches
-from hydrasurgery.ir.state import exporting
+from hydrasurgery.ir.launches import fewer_launches, has_plain_gates
+from hydrasurgery.ir.state import STATE, exporting
 from hydrasurgery.ir.text import MEANING, format_graph, parse_graph, show_options, unknown_functions
 
 HIDDEN = "hidden-states"  # the role of the input that everything is computed from
 KEPT = ("kept-keys", "kept-values")  # the roles of what the cache holds
-STATE = "state"  # the input that stands for the cache layer, once thread-state has made it
 LETTERS = {FULL: "F", LINEAR: "l"}
 
 
@@ -328,8 +327,8 @@ class RegionModule(nn.Module):
         roles = [node.meta.get("role") for node in region.graph.nodes if node.op == "placeholder"]
         self._hidden = roles.index(HIDDEN) if HIDDEN in roles else 0
         self._run = compiled(region.graph)
-        self._run_fast = compiled(fewer_launches(region.graph))
-        self._run_decode = None if region.decode is None else compiled(fewer_launches(region.decode))
+        self._run_fast = compiled(fewer_launches(self, region.graph))
+        self._run_decode = None if region.decode is None else compiled(fewer_launches(self, region.decode))
 
     def retake(self) -> None:
         """Compile what was unpickled, once both the region and the module are there."""
@@ -399,7 +398,7 @@ class RegionModule(nn.Module):
             values.append(state)
             if self._run_decode is not None and self._continues(state, values[self._hidden]):
                 return self._run_decode(self, *values)
-        if not torch.compiler.is_compiling() and values[self._hidden].is_cuda:
+        if values[self._hidden].is_cuda and not exporting() and has_plain_gates(self.hydra):
             return self._run_fast(self, *values)
         return self._run(self, *values)
 

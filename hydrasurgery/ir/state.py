@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.names import DECODE_STEP
+from hydrasurgery.dialect.names import DECODE_STEP, LINEAR_HEADS
+from hydrasurgery.dialect.tokens import previous_tokens, token_flags
+
+STATE = "state"  # the input that stands for the cache layer, once thread-state has made it
 
 
 def extend_kv(state: Any, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -40,8 +43,8 @@ def step_linear(
     v_weight: Tensor | None,
     A_log: Tensor,
     dt_bias: Tensor,
-    valid: Tensor,
-    reset: Tensor,
+    valid: Tensor | None,
+    reset: Tensor | None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     scale: float | None = None,
@@ -51,7 +54,7 @@ def step_linear(
     """One token through a layer's linear heads by `ops.decode_step`, the states in `state` brought up to date in place.
 
     q, k, v [B, H, 1, K or V]; decay, beta and gate [B, 1, H] as projections left them; weights of the short convolution
-    [H * K or V, W] or None; A_log, dt_bias [H]; valid, reset [B, 1]; cos, sin [B or 1, 1, 1, R] or None -> [B, 1, H, V].
+    [H * K or V, W] or None; A_log, dt_bias [H]; valid, reset [B, 1] or None; cos, sin [B or 1, 1, 1, R] or None -> [B, 1, H, V].
     """
     weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
     names = ("q_conv", "k_conv", "v_conv")[: len(weights)]
@@ -72,8 +75,8 @@ def step_linear(
         weights,
         state.states["recurrent"],
         [state.states[name] for name in names],
-        valid[:, 0],
-        reset[:, 0],
+        None if valid is None else valid[:, 0],
+        None if reset is None else reset[:, 0],
         None if cos is None else cos[:, 0, 0],
         None if sin is None else sin[:, 0, 0],
         scale=scale,
@@ -81,6 +84,63 @@ def step_linear(
         turn=turn,
     )
     return o[:, None]
+
+
+def run_linear(
+    state: Any,
+    hidden_states: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    full: Tensor | None,
+    decay_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    beta_weight: Tensor,
+    beta_bias: Tensor,
+    gate_weight: Tensor | None,
+    gamma: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    valid: Tensor | None,
+    reset: Tensor | None,
+    previous: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    slots: list[int],
+    scale: float | None = None,
+    eps: float = 1e-6,
+    turn: str = "half",
+) -> Tensor:
+    """Any number of tokens through a layer's linear heads by `hydra::linear_heads`, after the states in `state`, which move on.
+
+    full [B, T, Hf, V]: the full heads, for the slots that are not in `slots`; the rest as there -> [B, T, H + Hf, V].
+    """
+    names = () if q_weight is None else ("q_conv", "k_conv", "v_conv")
+    pasts = [read_state(state, name) for name in names] or [None] * 3
+    gates = (decay_weight, A_log, dt_bias, beta_weight, beta_bias, gate_weight, gamma)
+    known = (read_state(state, "recurrent"), valid, reset, previous, cos, sin)
+    inputs = (hidden_states, q, k, v, full, *gates, q_weight, k_weight, v_weight, *pasts, *known)
+    out, after, *tails = LINEAR_HEADS(*inputs, slots=slots, scale=scale, eps=eps, turn=turn)
+    if state is not None:
+        state.write("recurrent", after)
+        for name, tail in zip(
+            names, (tail for stack in tails if stack.dim() > 1 for tail in stack.unbind(0)), strict=True
+        ):
+            state.write(name, tail)
+    return out
+
+
+def flags_of(
+    mask: Tensor | None, hidden_states: Tensor, first_key: Tensor | int | None = None, window: int | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(valid, reset, previous) of `token_flags` and `previous_tokens`; None each without a mask, which says nothing."""
+    if mask is None:
+        return None, None, None
+    valid, reset = token_flags(mask, hidden_states, first_key, window=window)
+    return valid, reset, previous_tokens(valid, mask)
 
 
 def read_state(state: Any, name: str) -> Tensor | None:
@@ -97,6 +157,7 @@ def write_state(state: Any, name: str, value: Tensor) -> None:
 TELLS = (
     extend_kv,
     count_tokens,
+    run_linear,
     step_linear,
     write_state,
 )  # they change the cache layer: a graph keeps them, read or not

@@ -9,6 +9,7 @@ sums have one order and two runs give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +137,28 @@ def forward(
     return _run(q, k, v, mask, sinks, scale, causal, window, softcap)[0]
 
 
+def forward_keeping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`forward`, and of the softmax what `backward` need not compute again: a number a query and head."""
+    out, lse = _run(q, k, v, mask, sinks, scale, causal, window, softcap)
+    return out, (lse,)
+
+
+def kept_like(q: Tensor) -> tuple[Tensor, ...]:
+    """Unfilled tensors of the shapes and dtypes that `forward_keeping` keeps."""
+    return (q.new_empty(q.shape[:3], dtype=torch.float32),)
+
+
 def backward(
     grad: Tensor,
     q: Tensor,
@@ -148,12 +171,14 @@ def backward(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `reference.backward`, for what `forward` takes. The forward runs once more, for its statistics."""
+    """As `reference.backward`, for what `forward` takes. `kept`: the output, and what `forward_keeping` keeps; without it the
+    forward runs once more."""
     q, k, v = _dense(q, k, v)
     batch, heads, queries, dim = q.shape
     groups, keys, values = k.shape[1:3] + v.shape[3:]
-    out, lse = _run(q, k, v, mask, sinks, scale, causal, window, softcap)
+    out, lse = kept if kept else _run(q, k, v, mask, sinks, scale, causal, window, softcap)
     grad = grad.to(q.dtype).contiguous()
     delta = torch.empty_like(lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -276,6 +301,17 @@ def _structure(q: Tensor, mask: Tensor | None, tiles: Tiles) -> tuple[Tensor, Te
     one of them may see a key, and that from which on they see all keys before them [B, tiles]; each block's least reach."""
     if mask is None:
         return q, q, q, q, q
+    if mask.is_inference() or q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _structure_of(q, mask, tiles)
+    key = (q.shape[2], tiles.queries, tiles.keys, mask._version)
+    known = vars(mask).setdefault("_hydra_structure", {})  # once for all layers that are given one mask
+    if key not in known:
+        known[key] = _structure_of(q, mask, tiles)
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = known[key]
+    return found
+
+
+def _structure_of(q: Tensor, mask: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     reach, first = parts(mask)
     queries, keys = q.shape[2], reach.shape[1]
     padded = torch.nn.functional.pad(reach, (0, -keys % tiles.keys))

@@ -1,1 +1,1 @@
-"""`hydra::head_inputs`: kernels."""
+"""Kernels of what q, k and v of linear heads go through before their recurrence."""

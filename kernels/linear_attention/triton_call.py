@@ -205,7 +205,7 @@ def _check_documents(cu_seqlens: Tensor, length: int) -> None:
             raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, found {ends}")
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -213,7 +213,7 @@ def segment_tokens(q: Tensor, values: int) -> int:
     """The tokens in a segment, from q's shape, dtype and device."""
     batch, length, heads = q.shape[:3]
     programs = heads * (values // _value_block(values, q.dtype))
-    return _segment_tokens(length, batch, programs, _processors(q.device))
+    return _segment_tokens(length, batch, programs, processors(q.device))
 
 
 def _segment_tokens(length: int, batch: int, programs: int, processors: int) -> int:
