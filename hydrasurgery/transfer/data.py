@@ -298,11 +298,6 @@ class Batch:
     mask: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
-        return Batch(inputs, self.mask.to(device), self.labels.to(device))
-
     def split(self, size: int | None) -> Iterator[Batch]:
         """The batch in pieces of at most `size` sequences; None leaves it whole."""
         rows = self.mask.shape[0]
@@ -316,13 +311,15 @@ class Batch:
 
 
 def draw(source: BatchSource, step: int, stage: Stage, seed: int, index: int = 0) -> Batch:
-    """The checked batch of `step` (from 0) in stage number `index` of a recipe.
+    """The checked batch of `step` (from 0) in stage number `index` of a recipe, on the CPU.
 
     Raises:
         DataError: the batch is empty, no token of it counts, or its shapes or columns disagree.
     """
     generator = torch.Generator().manual_seed(mix_seed(seed, "data", index, step))
-    inputs = {key: value for key, value in source.batch(step, stage, generator).items() if value is not None}
+    given = source.batch(step, stage, generator)
+    inputs = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in given.items()}
+    inputs = {key: value for key, value in inputs.items() if value is not None}
     where = f"the batch of stage {stage.name!r}, step {step}"
     ids = inputs.get(IDS)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0:

@@ -14,25 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from hydrasurgery.decoders import evaluating, vocabulary_size
 from hydrasurgery.errors import DataError, DivergedError, RecipeError
-from hydrasurgery.ir.outline import CACHE_ARGUMENTS
-from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.checks import autocast, check_models, check_run
+from hydrasurgery.transfer.compiling import Compiler
 from hydrasurgery.transfer.data import Batch, BatchSource, as_source, check_tokens, draw
 from hydrasurgery.transfer.identity import identity
 from hydrasurgery.transfer.lock import only_run
-from hydrasurgery.transfer.losses import SplitModel, language_loss, loss_totals, relative_error
+from hydrasurgery.transfer.objectives import Objective, objective
 from hydrasurgery.transfer.order import mix_seed
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
 from hydrasurgery.transfer.trainable import trainable_names
 
 Record = dict[str, Any]
-Objective = Callable[[Batch], dict[str, Tensor]]  # adds to the gradients, returns a step's losses ("loss" among them)
 
 
 @dataclass(frozen=True)
@@ -184,9 +181,10 @@ class _Run:
         optimizer = _optimizer(self.hybrid, stage)
         if first and self.folder is not None and self.checkpoint is not None:
             self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer, first)
-        objective = _objective(self.hybrid, self.teacher, stage)
+        compiler = Compiler(self.recipe.compile, stage)
+        losses = objective(self.hybrid, self.teacher, stage, compiler)
         for step in range(first, stage.num_steps):
-            record = self._step(index, step, optimizer, objective)
+            record = self._step(index, step, optimizer, losses, compiler)
             show(stage, record)
             self.history.append(record)
             if self.folder is not None:
@@ -206,12 +204,18 @@ class _Run:
         ended = done and at.stage + 1 < len(self.recipe.stages)  # a next stage begins with an optimiser of its own
         self.checkpoint = self.folder.save(at, self.hybrid, self.teacher, None if ended else optimizer)
 
-    def _step(self, index: int, step: int, optimizer: torch.optim.Optimizer, objective: Objective) -> Record:
+    def _step(
+        self, index: int, step: int, optimizer: torch.optim.Optimizer, objective: Objective, compiler: Compiler
+    ) -> Record:
         stage, started = self.recipe.stages[index], time.perf_counter()
         device = next(self.hybrid.parameters()).device
-        batch = self.batch(index, step).to(device)
+        batch = self.batch(index, step)
         optimizer.zero_grad(set_to_none=True)
-        with _randomness(mix_seed(self.seed, "step", index, step), device), autocast(self.recipe.autocast, device):
+        randomness, narrow = (
+            _randomness(mix_seed(self.seed, "step", index, step), device),
+            autocast(self.recipe.autocast, device),
+        )
+        with randomness, narrow, compiler.active(objective.forwards):
             losses = {name: value.item() for name, value in objective(batch).items()}
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, math.inf if stage.clip is None else stage.clip).item()
@@ -253,100 +257,6 @@ def _optimizer(hybrid: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], betas=stage.betas, weight_decay=stage.weight_decay
     )
-
-
-def _objective(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> Objective:
-    if stage.name == "align":
-        assert teacher is not None
-        return _Align(hybrid, teacher, stage.micro_batch)
-    follows = SplitModel(teacher) if teacher is not None and stage.name == "distil" else None
-    return _Follow(SplitModel(hybrid), follows, stage)
-
-
-class _Follow:
-    """Stages two and three: the loss on logits, over the micro-batches of a step."""
-
-    def __init__(self, student: SplitModel, teacher: SplitModel | None, stage: Stage) -> None:
-        self.student, self.teacher, self.micro_batch = student, teacher, stage.micro_batch
-        self.ce_weight = 1.0 if teacher is None else stage.ce_weight
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        totals = loss_totals(batch)
-        sums: dict[str, Tensor] = {}
-        for piece in batch.split(self.micro_batch):
-            loss, parts = language_loss(self.student, self.teacher, piece, ce_weight=self.ce_weight, totals=totals)
-            loss.backward()
-            _add(sums, {"loss": loss.detach(), **parts})
-        return sums
-
-
-class _Align:
-    """Stage one: the teacher's backbone runs once, and each hybrid layer learns from what passes the teacher's layer.
-
-    A layer's backward pass follows its forward pass at once, so only one layer's activations live at a time, and the
-    hybrid's own backbone never runs.
-    """
-
-    def __init__(self, hybrid: nn.Module, teacher: nn.Module, micro_batch: int | None) -> None:
-        self.teacher, self.micro_batch = SplitModel(teacher), micro_batch
-        regions = region_modules(hybrid).items()
-        self.regions = {n: region for n, region in regions if any(p.requires_grad for p in region.parameters())}
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        total = int(batch.mask.sum())
-        sums: dict[str, Tensor] = {}
-        for piece in batch.split(self.micro_batch):
-            _add(sums, {"loss": self._layers(piece, int(piece.mask.sum()) / total)})
-        return sums
-
-    def _layers(self, batch: Batch, share: float) -> Tensor:
-        losses: list[Tensor] = []
-
-        def follow(region: nn.Module) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                args, kwargs = _given((args, _uncached(kwargs)), module, region)
-                with torch.enable_grad():
-                    error = relative_error(_first(region(*args, **kwargs)), _first(output), batch.mask)
-                    loss = error * share / len(self.regions)
-                    loss.backward()
-                losses.append(loss.detach().to(batch.mask.device))
-
-            return hook
-
-        with contextlib.ExitStack() as hooks, torch.no_grad():
-            for name, region in self.regions.items():
-                handle = self.teacher.model.get_submodule(name).register_forward_hook(follow(region), with_kwargs=True)
-                hooks.callback(handle.remove)
-            self.teacher.hidden(batch.inputs)
-        return torch.stack(losses).sum()
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _given(call: Any, module: nn.Module, region: nn.Module) -> Any:
-    """What the teacher's module was called with, on the region's device, and in its dtype if the modules' dtypes differ."""
-    theirs, ours = (
-        min(m.parameters(), key=lambda p: p.ndim < 2) for m in (module, region)
-    )  # vectors may be kept in fp32
-    if (theirs.device, theirs.dtype) == (ours.device, ours.dtype):
-        return call
-
-    def beside(tensor: Tensor) -> Tensor:
-        cast = tensor.is_floating_point() and theirs.dtype != ours.dtype
-        return tensor.to(ours.device, ours.dtype if cast else tensor.dtype)
-
-    return pytree.tree_map_only(Tensor, beside, call)
-
-
-def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if name in CACHE_ARGUMENTS else value for name, value in kwargs.items()}
-
-
-def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
-    for name, value in parts.items():
-        sums[name] = sums[name] + value if name in sums else value
 
 
 @contextlib.contextmanager
