@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import os
@@ -21,7 +22,7 @@ from hydrasurgery.errors import DataError, DivergedError, RecipeError
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.checks import autocast, check_models, check_run
 from hydrasurgery.transfer.compiling import Compiler
-from hydrasurgery.transfer.data import Batch, BatchSource, as_source, check_tokens, draw
+from hydrasurgery.transfer.data import Ahead, Batch, BatchSource, as_source, check_tokens, draw
 from hydrasurgery.transfer.identity import identity
 from hydrasurgery.transfer.lock import only_run
 from hydrasurgery.transfer.objectives import Objective, objective
@@ -183,8 +184,9 @@ class _Run:
             self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer, first)
         compiler = Compiler(self.recipe.compile, stage)
         losses = objective(self.hybrid, self.teacher, stage, compiler)
+        batches = Ahead(functools.partial(self.batch, index), first, stage.num_steps)
         for step in range(first, stage.num_steps):
-            record = self._step(index, step, optimizer, losses, compiler)
+            record = self._step(Position(index, step), batches, optimizer, losses, compiler)
             show(stage, record)
             self.history.append(record)
             if self.folder is not None:
@@ -205,28 +207,35 @@ class _Run:
         self.checkpoint = self.folder.save(at, self.hybrid, self.teacher, None if ended else optimizer)
 
     def _step(
-        self, index: int, step: int, optimizer: torch.optim.Optimizer, objective: Objective, compiler: Compiler
+        self, at: Position, batches: Ahead, optimizer: torch.optim.Optimizer, losses: Objective, compiler: Compiler
     ) -> Record:
-        stage, started = self.recipe.stages[index], time.perf_counter()
-        device = next(self.hybrid.parameters()).device
-        batch = self.batch(index, step)
+        """One step. The host waits for the device once, for the losses and the gradient's norm, after all but the update is queued."""
+        stage, started = self.recipe.stages[at.stage], time.perf_counter()
+        batch = batches.take()
         optimizer.zero_grad(set_to_none=True)
-        randomness, narrow = (
-            _randomness(mix_seed(self.seed, "step", index, step), device),
-            autocast(self.recipe.autocast, device),
-        )
-        with randomness, narrow, compiler.active(objective.forwards):
-            losses = {name: value.item() for name, value in objective(batch).items()}
+        with self._running(at, losses, compiler):
+            found = losses(batch)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, math.inf if stage.clip is None else stage.clip).item()
-        if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
-            raise DivergedError(self._diverged(stage, step + 1, f"loss {losses['loss']}, gradient norm {norm}"))
+        found["grad_norm"] = nn.utils.clip_grad_norm_(trained, math.inf if stage.clip is None else stage.clip)
+        batches.fetch()
+        numbers = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+        norm = numbers.pop("grad_norm")
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):
+            raise DivergedError(self._diverged(stage, at.step + 1, f"loss {numbers['loss']}, gradient norm {norm}"))
         for group in optimizer.param_groups:
-            group["lr"] = stage.rate(step) * group["factor"]
+            group["lr"] = stage.rate(at.step) * group["factor"]
         optimizer.step()
-        place = {"stage": stage.name, "stage_index": index, "step": step + 1}
+        place = {"stage": stage.name, "stage_index": at.stage, "step": at.step + 1}
         pace = {"tokens": int(batch.mask.sum()), "seconds": round(time.perf_counter() - started, 4)}
-        return {**place, **losses, "lr": stage.rate(step), "grad_norm": norm, **pace}
+        return {**place, **numbers, "lr": stage.rate(at.step), "grad_norm": norm, **pace}
+
+    @contextlib.contextmanager
+    def _running(self, at: Position, losses: Objective, compiler: Compiler) -> Iterator[None]:
+        """Randomness, autocast and forwards of a step."""
+        device = next(self.hybrid.parameters()).device
+        seed = mix_seed(self.seed, "step", at.stage, at.step)
+        with _randomness(seed, device), autocast(self.recipe.autocast, device), compiler.active(losses.forwards):
+            yield
 
     def _diverged(self, stage: Stage, step: int, what: str) -> str:
         kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
@@ -255,7 +264,10 @@ def _optimizer(hybrid: nn.Module, stage: Stage) -> torch.optim.Optimizer:
             stacklevel=5,
         )
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], betas=stage.betas, weight_decay=stage.weight_decay
+        [group for group in groups if group["params"]],
+        betas=stage.betas,
+        weight_decay=stage.weight_decay,
+        fused=True if all(parameter.is_cuda for parameter in trained) else None,
     )
 
 
