@@ -25,6 +25,7 @@ from hydrasurgery.transfer.compiling import Compiler
 from hydrasurgery.transfer.data import Ahead, Batch, BatchSource, as_source, check_tokens, draw
 from hydrasurgery.transfer.identity import identity
 from hydrasurgery.transfer.lock import only_run
+from hydrasurgery.transfer.lowering import lowered
 from hydrasurgery.transfer.objectives import Objective, objective
 from hydrasurgery.transfer.order import mix_seed
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
@@ -72,9 +73,13 @@ def distill(
     over layers of |y^ - y|^2 / |y|^2. `distil`: KL(teacher || student) + ce_weight * cross entropy on the logits.
     `lengthen`: cross entropy. What is trained moves to memory of its own; the rest stays where `rewrite` left it.
 
+    On a CUDA device the decoder layers of both models and the losses run compiled; the recipe's `compile` says otherwise. In each
+    step the modules run them in the place of their `forward`, which is back before the callback is called.
+
     A run goes on only as what it was: a checkpoint in `out` is refused if its plan, layers, teacher (all bytes of its weights),
-    data, seed or recipe differ. Of the recipe may change: `name`, `checkpoint_every`, `micro_batch`, stages that have not begun,
-    and the steps of the current stage, if the learning rates of steps that are done stay what they were.
+    data, seed or recipe differ. Of the recipe may change: `name`, `checkpoint_every`, `micro_batch`, `recompute`, `compile`, stages
+    that have not begun, and the steps of the current stage, if the learning rates of steps that are done stay what they were.
+    What is resumed gives the bits of a run that was not interrupted, unless it is compiled and its batches vary in size or padding.
 
     Args:
         hybrid: what `rewrite(teacher, plan)` gave; trained in place, on the device it is on.
@@ -93,6 +98,7 @@ def distill(
 
     Raises:
         DivergedError: a loss or gradient is not finite; the last good checkpoint is kept and named.
+        CompileError: layers cannot be compiled.
         DataError, RecipeError, CheckpointError, PlanError: naming what does not fit.
 
     Example:
@@ -109,16 +115,16 @@ def distill(
     check_models(hybrid, teacher, recipe)
     source = as_source(data, tokenizer=tokenizer, seed=seed)
     check_tokens(source, vocabulary_size(hybrid))
-    run = _Run(hybrid, teacher, source, recipe, seed, callback)
+    run = _Run(hybrid, teacher, _followed(teacher, recipe), source, recipe, seed, callback)
     first = [run.batch(index, 0) for index in range(len(recipe.stages))]  # bad data is found before a file is written
-    check_run(hybrid, teacher, recipe, first[0].inputs)
+    check_run(hybrid, run.followed, recipe, first[0].inputs)
     with contextlib.ExitStack() as block:
         begin = Position()
         if out is not None:
             block.enter_context(only_run(Path(out)))
             known = identity(hybrid, teacher, source, [{**b.inputs, "labels": b.labels, "mask": b.mask} for b in first])
             begin = run.open(RunFolder(out, recipe, seed, known), resume)
-        block.enter_context(_left_as_found(hybrid, teacher))
+        block.enter_context(_left_as_found(hybrid, run.followed))
         show = block.enter_context(_progress(progress))
         for index in range(begin.stage, len(recipe.stages)):
             run.stage(index, begin.step if index == begin.stage else 0, show)
@@ -132,12 +138,24 @@ def _whole(seed: Any) -> int:
         raise RecipeError(f"seed must be a whole number, not {seed!r}") from error
 
 
+def _followed(teacher: nn.Module | None, recipe: Recipe) -> nn.Module | None:
+    """The teacher, or the copy of it that the recipe asks for, if a stage follows it."""
+    followed = any(stage.name != "lengthen" for stage in recipe.stages)
+    if teacher is None or recipe.teacher_dtype is None or not followed:
+        return teacher
+    return lowered(teacher, getattr(torch, recipe.teacher_dtype))
+
+
 @dataclass
 class _Run:
-    """One call of `distill`: what stays the same over its stages, and what it has done so far."""
+    """One call of `distill`: what stays the same over its stages, and what it has done so far.
+
+    The hybrid follows `followed`, the teacher itself or a copy of it; weights are compared with the teacher's.
+    """
 
     hybrid: nn.Module
     teacher: nn.Module | None
+    followed: nn.Module | None
     source: BatchSource
     recipe: Recipe
     seed: int
@@ -183,7 +201,7 @@ class _Run:
         if first and self.folder is not None and self.checkpoint is not None:
             self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer, first)
         compiler = Compiler(self.recipe.compile, stage)
-        losses = objective(self.hybrid, self.teacher, stage, compiler)
+        losses = objective(self.hybrid, self.followed, stage, compiler)
         batches = Ahead(functools.partial(self.batch, index), first, stage.num_steps)
         for step in range(first, stage.num_steps):
             record = self._step(Position(index, step), batches, optimizer, losses, compiler)
@@ -209,7 +227,7 @@ class _Run:
     def _step(
         self, at: Position, batches: Ahead, optimizer: torch.optim.Optimizer, losses: Objective, compiler: Compiler
     ) -> Record:
-        """One step. The host waits for the device once, for the losses and the gradient's norm, after all but the update is queued."""
+        """One step. The host waits for the device once, for losses and the gradient's norm, when all but the update is queued."""
         stage, started = self.recipe.stages[at.stage], time.perf_counter()
         batch = batches.take()
         optimizer.zero_grad(set_to_none=True)
