@@ -1,10 +1,10 @@
-"""What every part needs to know of a decoder: how it is called and held still, its modes, and how much it can take."""
+"""What every part needs to know of a decoder: its layers, how it is called and held still, its modes, and how much it can take."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,10 +42,37 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def standing_still(*modules: nn.Module, output: Any) -> Iterator[None]:
-    """Inside the block a call of any of the modules computes nothing and returns `output`.
+def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block each module runs the function given for it in the place of its `forward`.
 
-    The modules' hooks still run. After the block each module's own `forward` is back, even one that was set on the object.
+    The modules' hooks still run. After the block, also after an error, each module's own `forward` is back, even one that was set
+    on the object.
+
+    Args:
+        forwards: for each module, a function that is called with what its `forward` would be.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with running({layer: lambda x: x + 1}):
+        ...     layer(torch.zeros(2))
+        tensor([1., 1.])
+    """
+    own = [(vars(module), vars(module).get("forward")) for module in forwards]
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for attributes, before in own:
+            if before is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = before
+
+
+@contextlib.contextmanager
+def standing_still(*modules: nn.Module, output: Any) -> Iterator[None]:
+    """Inside the block a call of any of the modules computes nothing and returns `output`; see `running`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -53,17 +80,45 @@ def standing_still(*modules: nn.Module, output: Any) -> Iterator[None]:
         ...     model(torch.zeros(2))
         tensor([0., 3.])
     """
-    own = [(vars(module), vars(module).get("forward")) for module in modules]
-    try:
-        for attributes, _ in own:
-            attributes["forward"] = lambda *_args, **_kwargs: output
+    with running(dict.fromkeys(modules, lambda *_args, **_kwargs: output)):
         yield
-    finally:
-        for attributes, forward in reversed(own):
-            if forward is None:
-                attributes.pop("forward", None)
-            else:
-                attributes["forward"] = forward
+
+
+def list_member(model: nn.Module, name: str) -> str:
+    """The path of the member of the innermost module list that the module `name` stands in; "" if it stands in none.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> list_member(load_teacher()[0], "model.layers.3.self_attn")
+        'model.layers.3'
+    """
+    while name:
+        above = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(above), nn.ModuleList):
+            return name
+        name = above
+    return ""
+
+
+def decoder_layers(model: nn.Module, attention: Iterable[str]) -> list[nn.Module]:
+    """The layers that a decoder runs one after another: all members of the module lists that its attention modules stand in.
+
+    Args:
+        model: a decoder.
+        attention: paths of attention modules; those that the model does not have are left out.
+
+    Returns:
+        Each layer once, in order; nothing if no attention module stands in a list.
+
+    Example:
+        >>> from hydrasurgery.demo.teacher import load_teacher
+        >>> len(decoder_layers(load_teacher()[0], ["model.layers.3.self_attn"]))
+        8
+    """
+    known = dict(model.named_modules())
+    members = [list_member(model, name) for name in attention if name in known]
+    lists = dict.fromkeys(known[member.rpartition(".")[0]] for member in members if member)
+    return list(dict.fromkeys(layer for each in lists for layer in each.children()))
 
 
 def takes(model: nn.Module, option: str) -> bool:

@@ -70,6 +70,10 @@ class RecipeError(HydraError):
     """A transfer recipe has a field out of range, or its file is not a recipe."""
 
 
+class CompileError(HydraError):
+    """A model's layers could not be compiled; the message says how to run them as they are."""
+
+
 class OutputError(HydraError):
     """A file or folder cannot be written: no place for it, something there that would be lost, a disk that is full."""
 

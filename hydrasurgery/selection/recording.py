@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydrasurgery.decoders import logits_at
+from hydrasurgery.decoders import list_member, logits_at
 from hydrasurgery.evaluation.tasks import Pair
 from hydrasurgery.selection.watching import LastAttention, Taps, watch_taps
 
@@ -124,24 +124,14 @@ def decoder_blocks(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Modu
 
     None at all unless two or more layers stand in module lists, a block each.
     """
-    found = {name: _listed(model, name) for name in layers}
-    apart = len(set(found.values())) == len(found) > 1 and None not in found.values()
-    return {name: block for name, block in found.items() if block and apart}
+    found = {name: list_member(model, name) for name in layers}
+    blocks = {name: model.get_submodule(path) for name, path in found.items() if path}
+    return blocks if len(set(blocks.values())) == len(found) > 1 else {}
 
 
 def map_hidden(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A block's output with its hidden states [B, T, C], which are all of it or the first of a tuple, changed."""
     return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-
-
-def _listed(model: nn.Module, name: str) -> nn.Module | None:
-    """The member of the innermost module list that a module stands in."""
-    while name:
-        above, _, _ = name.rpartition(".")
-        if isinstance(model.get_submodule(above), nn.ModuleList):
-            return model.get_submodule(name)
-        name = above
-    return None
 
 
 def _of_row(row: int, k: Tensor, v: Tensor, mask: Tensor | None) -> Attended:

@@ -201,7 +201,8 @@ class RunFolder:
             parameter = parameters[name]
             if wrong := _wrong_state(key, value, parameter, steps):
                 raise CheckpointError(_unreadable(path, f"{entry} {wrong}"))
-            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            stays = key == "step" and not optimizer.defaults["fused"]
+            optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
 
     def _found(self) -> Iterator[tuple[Path, Position]]:
         """The folders that this class wrote."""

@@ -10,7 +10,8 @@ import codecs
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -298,11 +299,6 @@ class Batch:
     mask: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
-        return Batch(inputs, self.mask.to(device), self.labels.to(device))
-
     def split(self, size: int | None) -> Iterator[Batch]:
         """The batch in pieces of at most `size` sequences; None leaves it whole."""
         rows = self.mask.shape[0]
@@ -315,14 +311,54 @@ class Batch:
             yield Batch(whole, self.mask[part], self.labels[part])
 
 
+class Ahead:
+    """A stage's batches in order; the next one may be drawn while a device still works on the one before.
+
+    Args:
+        draw: gives the batch of a step.
+        first, end: steps from `first` to before `end` are drawn.
+
+    Example:
+        >>> batches = Ahead(lambda step: step, 3, 5)
+        >>> first = batches.take()
+        >>> batches.fetch()
+        >>> first, batches.take()
+        (3, 4)
+    """
+
+    def __init__(self, draw: Callable[[int], Any], first: int, end: int) -> None:
+        self._draw, self._step, self._end = draw, first, end
+        self._next: Future[Any] | None = None
+
+    def fetch(self) -> None:
+        """Draw the next batch, if there is one and it is not drawn. What goes wrong is raised by the `take` of its own step."""
+        if self._next is not None or self._step == self._end:
+            return
+        self._next = Future()
+        try:
+            self._next.set_result(self._draw(self._step))
+        except Exception as error:
+            self._next.set_exception(error)
+        self._step += 1
+
+    def take(self) -> Any:
+        """The next batch."""
+        self.fetch()
+        assert self._next is not None
+        drawn, self._next = self._next, None
+        return drawn.result()
+
+
 def draw(source: BatchSource, step: int, stage: Stage, seed: int, index: int = 0) -> Batch:
-    """The checked batch of `step` (from 0) in stage number `index` of a recipe.
+    """The checked batch of `step` (from 0) in stage number `index` of a recipe, on the CPU.
 
     Raises:
         DataError: the batch is empty, no token of it counts, or its shapes or columns disagree.
     """
     generator = torch.Generator().manual_seed(mix_seed(seed, "data", index, step))
-    inputs = {key: value for key, value in source.batch(step, stage, generator).items() if value is not None}
+    given = source.batch(step, stage, generator)
+    inputs = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in given.items()}
+    inputs = {key: value for key, value in inputs.items() if value is not None}
     where = f"the batch of stage {stage.name!r}, step {step}"
     ids = inputs.get(IDS)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0:

@@ -79,13 +79,14 @@ def difference(earlier: Any, now: Any, name: str) -> str | None:
 def recipe_difference(earlier: Recipe, now: Recipe, stage: int, step: int) -> str | None:
     """What a recipe would have done otherwise in a run's first steps, up to step `step` of stage `stage`; None if nothing.
 
-    Free to change are the name, `checkpoint_every`, `micro_batch` (which changes the rounding only), later stages, and the
-    number of steps of the current stage if the learning rates of those that are done do not depend on it.
+    Free to change are the name, `checkpoint_every`, `micro_batch`, `recompute` and `compile` (which change the rounding only),
+    later stages, and the number of steps of the current stage if the learning rates of those that are done do not depend on it.
     """
     if stage >= len(now.stages) or now.stages[stage].name != earlier.stages[stage].name:
         return f"there is no such stage in recipe {now.name!r}: stage {stage} was {earlier.stages[stage].name!r}"
-    if found := difference(earlier.autocast, now.autocast, "autocast"):
-        return found
+    for name in ("autocast", "teacher_dtype"):
+        if found := difference(getattr(earlier, name), getattr(now, name), name):
+            return found
     for index in range(stage + 1):
         old, new = earlier.stages[index], now.stages[index]
         if found := difference(_settings(old), _settings(new), f"stage {index}"):
@@ -103,7 +104,7 @@ def recipe_difference(earlier: Recipe, now: Recipe, stage: int, step: int) -> st
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
-    free = ("micro_batch", "steps", "tokens")
+    free = ("micro_batch", "recompute", "steps", "tokens")
     fields = {key: value for key, value in dataclasses.asdict(stage).items() if key not in free}
     return json.loads(json.dumps(fields))
 

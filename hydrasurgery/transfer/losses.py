@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hydrasurgery.decoders import evaluating, standing_still
 from hydrasurgery.transfer.data import Batch
@@ -62,6 +61,16 @@ class SplitModel:
         with standing_still(self.backbone, output=self._output(last_hidden_state=hidden[None])):
             return self.model(input_ids=None, use_cache=False).logits[0]
 
+    def head(self, hidden: Tensor) -> tuple[int, list[Tensor]]:
+        """The vocabulary's size, and the parameters that `logits` reads and that ask for a gradient.
+
+        Args:
+            hidden: hidden states [B, T, hidden], of which one is tried.
+        """
+        with torch.enable_grad():
+            logits = self.logits(hidden[:1, 0].detach())
+        return logits.shape[-1], _leaves(logits)
+
     def _halves_agree(self, decoder: nn.Module) -> bool:
         ids = torch.ones(1, 2, dtype=torch.int64, device=next(self.model.parameters()).device)
         inputs = {"input_ids": ids, "attention_mask": ids, "use_cache": False}
@@ -99,9 +108,31 @@ def whole_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def beside(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. What goes from the CPU to a GPU is queued there, without waiting for what it has to do before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def _beside(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return {name: beside(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """What a tensor was computed from that collects gradients."""
+    found: dict[int, Tensor] = {}
+    queue, seen = [tensor.grad_fn], set[Any]()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        queue.extend(following for following, _ in node.next_functions)
+    return list(found.values())
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -119,9 +150,28 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         >>> relative_error(1.5 * target, target, torch.tensor([[True, False]]))
         tensor(0.2500)
     """
-    mask, target = mask.to(output.device), target.to(output.device)
-    output, target = output[mask].float(), target[mask].float()
+    left_out = ~mask.to(output.device)[..., None]
+    output = output.float().masked_fill(
+        left_out, 0.0
+    )  # what stands there, NaN too, reaches neither the sum nor the gradient
+    target = target.to(output.device).float().masked_fill(left_out, 0.0)
     return (output - target).square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def token_sums(logits: Tensor, wanted: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL, cross entropy where there is a target), summed over tokens, in fp32 whatever the autocast.
+
+    Args:
+        logits: [N, vocabulary], the student's.
+        wanted: [N, vocabulary], the teacher's; None leaves the KL at 0.
+        targets: [N] token ids, -100 where there is none.
+    """
+    log_student = logits.float().log_softmax(-1)
+    ce = F.nll_loss(log_student, targets, ignore_index=IGNORED, reduction="sum")
+    if wanted is None:
+        return torch.zeros_like(ce), ce
+    log_teacher = wanted.float().log_softmax(-1)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True), ce
 
 
 def language_loss(
@@ -132,23 +182,25 @@ def language_loss(
     ce_weight: float = 0.0,
     totals: tuple[int, int] | None = None,
     chunk: int | None = None,
+    sums: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] = token_sums,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """mean KL(teacher || student) + ce_weight * mean cross entropy, without ever holding all logits (paper section 4).
 
     The KL is the mean over tokens of `batch.mask` of sum_v p_teacher(v) (log p_teacher(v) - log p_student(v)); the
-    cross entropy the mean over tokens whose *next* label counts. Only `chunk` tokens have logits at a time: each chunk
-    is recomputed in the backward pass, so values and gradients are those of the plain loss up to rounding.
+    cross entropy the mean over tokens whose *next* label counts. Only `chunk` tokens have logits at a time: each chunk's gradients
+    are taken at once and kept for the backward pass, so values and gradients are those of the plain loss up to rounding.
 
     Args:
         student: the model that is trained.
         teacher: the model it follows; None leaves the KL out.
-        batch: tokens, mask and labels.
+        batch: tokens, mask and labels; best on the CPU, where finding the tokens that count waits for no device.
         ce_weight: the cross entropy's weight.
         totals: (tokens of the KL, tokens of the cross entropy) to divide by, when `batch` is a piece of a step.
         chunk: tokens with logits at a time; None takes as many as fill 256 MiB.
+        sums: what is run on a chunk's logits: `token_sums`, or that compiled.
 
     Returns:
-        The loss, a scalar with a gradient, and its parts without: `ce`, and `kl` if there is a teacher.
+        The loss, a scalar with a gradient that can be taken once, and its parts without: `ce`, and `kl` if there is a teacher.
 
     Example:
         >>> from hydrasurgery.demo.teacher import load_teacher
@@ -157,33 +209,106 @@ def language_loss(
         >>> loss.item(), sorted(parts)
         (0.0, ['ce', 'kl'])
     """
-    targets = next_labels(batch)
-    kl_total, ce_total = totals or loss_totals(batch)
+    kl_total, ce_total = (max(1, total) for total in totals or loss_totals(batch))
     with torch.no_grad():  # before the student, whose activations are not there yet
-        wanted = None if teacher is None else teacher.hidden(batch.inputs)
+        wanted = None if teacher is None else teacher.hidden(batch.inputs).flatten(0, 1)
     hidden = student.hidden(batch.inputs)
-    size = chunk or max(1, _CHUNK_ELEMENTS // _vocabulary(student, hidden))
+    width, head = student.head(hidden)
+    gradients = _Gradients(hidden, head)
+    targets = beside(next_labels(batch).flatten(), hidden.device)
     kl = ce = hidden.new_zeros((), dtype=torch.float32)
-    for counts, follows in _groups(batch.mask, targets, teacher):
-        rows = counts.reshape(-1).nonzero().squeeze(-1)
-        tensors = (hidden, targets) if follows is None or wanted is None else (hidden, targets, wanted)
-        chosen = [tensor.flatten(0, 1)[rows.to(tensor.device)] for tensor in tensors]
-        for piece in zip(*(tensor.split(size) for tensor in chosen), strict=True):
-            part = checkpoint(_token_sums, student, follows, *piece, use_reentrant=False, preserve_rng_state=False)
-            kl, ce = kl + part[0], ce + part[1]
-    kl, ce = kl / max(1, kl_total), ce / max(1, ce_total)
+    for rows, diverges in _groups(batch, teacher):
+        for some in _chunks(rows, len(targets), chunk or max(1, _CHUNK_ELEMENTS // width), hidden.device):
+            piece = gradients.leaf(some)
+            theirs = _logits(teacher, wanted, some, hidden.device) if diverges else None
+            part = sums(student.logits(piece), theirs, targets[some])
+            gradients.add(part[0] / kl_total + ce_weight / ce_total * part[1], piece, some)
+            kl, ce = kl + part[0].detach(), ce + part[1].detach()
+    kl, ce = kl / kl_total, ce / ce_total
     if teacher is None:
-        return ce_weight * ce, {"ce": ce.detach()}
-    return kl + ce_weight * ce, {"kl": kl.detach(), "ce": ce.detach()}
+        return gradients.attach(ce_weight * ce), {"ce": ce}
+    return gradients.attach(kl + ce_weight * ce), {"kl": kl, "ce": ce}
 
 
-def _groups(mask: Tensor, targets: Tensor, teacher: SplitModel | None) -> list[tuple[Tensor, SplitModel | None]]:
-    """Which tokens [B, T] have a KL and a cross entropy, and which the second only, each with the teacher that it needs."""
-    predicts = targets != IGNORED
+class _Gradients:
+    """The gradients of a loss in hidden states [B, T, hidden] and in the head's parameters, added up chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, head: list[Tensor]) -> None:
+        self._hidden, self._flat = hidden, hidden.detach().flatten(0, 1)
+        taken = torch.is_grad_enabled()
+        self._of_hidden = torch.zeros_like(self._flat) if taken and hidden.requires_grad else None
+        self._head = head if taken else []
+        self._of_head: list[Tensor | None] = [None] * len(self._head)
+
+    def leaf(self, some: slice | Tensor) -> Tensor:
+        """The hidden states of some tokens, to compute a part of the loss from."""
+        return self._flat[some].requires_grad_(self._of_hidden is not None)
+
+    def add(self, part: Tensor, leaf: Tensor, some: slice | Tensor) -> None:
+        """Take the gradients of a part of the loss that was computed from `leaf`, and free what it was computed with."""
+        if not part.requires_grad:
+            return
+        first = [] if self._of_hidden is None else [leaf]
+        found = torch.autograd.grad(part, [*first, *self._head], allow_unused=True)
+        if self._of_hidden is not None and found[0] is not None:
+            self._of_hidden[some] = found[0]
+        for place, more in enumerate(found[len(first) :]):
+            before = self._of_head[place]
+            if more is not None:
+                self._of_head[place] = more if before is None else before.add_(more)
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """`loss` with these gradients."""
+        inputs, found = list(self._head), self._of_head
+        if self._of_hidden is not None:
+            inputs, found = [self._hidden, *inputs], [self._of_hidden.view_as(self._hidden), *found]
+        return _WithGradients.apply(loss, found, *inputs) if inputs else loss
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients in its inputs are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of a language_loss can be taken once: compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(None if each is None else each.mul_(factor) for each in gradients)
+
+
+def _logits(teacher: SplitModel | None, hidden: Tensor | None, some: slice | Tensor, device: torch.device) -> Tensor:
+    assert teacher is not None and hidden is not None
+    with torch.no_grad():
+        return teacher.logits(hidden[some.to(hidden.device) if isinstance(some, Tensor) else some]).to(device)
+
+
+def _groups(batch: Batch, teacher: SplitModel | None) -> list[tuple[Tensor | None, bool]]:
+    """Which tokens of the flattened batch have a KL and a cross entropy, and which the second only, each with whether it has the
+    first. Tokens are rows [N], or None for all."""
+    predicts = next_labels(batch) != IGNORED
+    if batch.mask.all():  # but the last ones, which have no next label
+        return [(None, teacher is not None)]
     if teacher is None:
-        return [(predicts, None)]
-    alone = predicts & ~mask  # the token before the first one that counts
-    return [(mask, teacher), *([(alone, None)] if alone.any() else [])]
+        return [(_places(predicts), False)]
+    alone = predicts & ~batch.mask  # the token before the first one that counts
+    return [(_places(batch.mask), True), *([(_places(alone), False)] if alone.any() else [])]
+
+
+def _places(chosen: Tensor) -> Tensor:
+    return chosen.flatten().nonzero().squeeze(-1)
+
+
+def _chunks(rows: Tensor | None, count: int, size: int, device: torch.device) -> Iterable[slice | Tensor]:
+    """Indices of at most `size` of `count` tokens at a time: of those in `rows`, or of all."""
+    if rows is None:
+        return [slice(start, start + size) for start in range(0, count, size)]
+    return beside(rows, device).split(size) if len(rows) else []
 
 
 def loss_totals(batch: Batch) -> tuple[int, int]:
@@ -196,25 +321,3 @@ def next_labels(batch: Batch) -> Tensor:
     following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     padding = batch.inputs.get(MASK)
     return following if padding is None else following.masked_fill(padding == 0, IGNORED)
-
-
-def _vocabulary(model: SplitModel, hidden: Tensor) -> int:
-    with torch.no_grad():
-        return model.logits(hidden[:1, 0]).shape[-1]
-
-
-def _token_sums(
-    student: SplitModel,
-    teacher: SplitModel | None,
-    hidden: Tensor,
-    targets: Tensor,
-    teacher_hidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(KL, cross entropy where there is a target), summed over a chunk of tokens, in fp32 whatever the autocast."""
-    log_student = student.logits(hidden).float().log_softmax(-1)
-    ce = F.nll_loss(log_student, targets.to(hidden.device), ignore_index=IGNORED, reduction="sum")
-    if teacher is None or teacher_hidden is None:
-        return torch.zeros_like(ce), ce
-    with torch.no_grad():
-        log_teacher = teacher.logits(teacher_hidden).to(log_student.device).float().log_softmax(-1)
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True), ce

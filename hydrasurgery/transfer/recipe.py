@@ -47,6 +47,8 @@ class Stage:
             attention regions, projections too; full heads that lose their RoPE need it.
         freeze_full_qk: leave the query and key projections of full heads as they are (QK-Restore).
         micro_batch: sequences per forward pass, the gradient being accumulated over the batch; None takes all at once.
+        recompute: keep only what goes into each decoder layer of the hybrid, and run the layer again in the backward pass: memory
+            for a layer instead of all, for a third more work. `align`, where one layer lives at a time, does not need it.
 
     Raises:
         RecipeError: a field is out of range.
@@ -73,6 +75,7 @@ class Stage:
     trainable: Literal["additions", "all"] | None = None
     freeze_full_qk: bool = False
     micro_batch: Annotated[int, Bounds(1, 10**6)] | None = None
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         check_record(self, RecipeError, f"stage {shown(self.name)}")
@@ -112,6 +115,11 @@ class Recipe:
         autocast: `bfloat16` runs the forward passes under autocast; weights and optimiser state keep the parameters'
             own dtype. None computes in that dtype throughout.
         checkpoint_every: steps between checkpoints; the end of a stage always has one.
+        compile: run the decoder layers and the losses as compiled by `torch.compile` (Inductor). None does so for models on a CUDA
+            device, True everywhere, False nowhere. It takes minutes at the start of a stage. Compiled and eager runs, and runs
+            compiled for batches of other shapes, differ by rounding.
+        teacher_dtype: `bfloat16` follows a copy of the teacher in that dtype, made for the run, with 2 bytes more for each
+            parameter that is not in it already; the teacher stays as it is. None follows the teacher itself.
 
     Raises:
         RecipeError: there is no stage, or a field is out of range.
@@ -126,6 +134,8 @@ class Recipe:
     stages: Annotated[tuple[Stage, ...], Bounds(0, 1000)]
     autocast: Literal["bfloat16"] | None = None
     checkpoint_every: Steps = 500
+    compile: bool | None = None
+    teacher_dtype: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         check_record(self, RecipeError, f"recipe {shown(self.name)}")

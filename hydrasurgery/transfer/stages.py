@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import os
@@ -14,25 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from hydrasurgery.decoders import evaluating, vocabulary_size
 from hydrasurgery.errors import DataError, DivergedError, RecipeError
-from hydrasurgery.ir.outline import CACHE_ARGUMENTS
-from hydrasurgery.ir.stitch import region_modules
 from hydrasurgery.transfer.checkpoints import Position, RunFolder
 from hydrasurgery.transfer.checks import autocast, check_models, check_run
-from hydrasurgery.transfer.data import Batch, BatchSource, as_source, check_tokens, draw
+from hydrasurgery.transfer.compiling import Compiler
+from hydrasurgery.transfer.data import Ahead, Batch, BatchSource, as_source, check_tokens, draw
 from hydrasurgery.transfer.identity import identity
 from hydrasurgery.transfer.lock import only_run
-from hydrasurgery.transfer.losses import SplitModel, language_loss, loss_totals, relative_error
+from hydrasurgery.transfer.lowering import lowered
+from hydrasurgery.transfer.objectives import Objective, objective
 from hydrasurgery.transfer.order import mix_seed
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
 from hydrasurgery.transfer.trainable import trainable_names
 
 Record = dict[str, Any]
-Objective = Callable[[Batch], dict[str, Tensor]]  # adds to the gradients, returns a step's losses ("loss" among them)
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,13 @@ def distill(
     over layers of |y^ - y|^2 / |y|^2. `distil`: KL(teacher || student) + ce_weight * cross entropy on the logits.
     `lengthen`: cross entropy. What is trained moves to memory of its own; the rest stays where `rewrite` left it.
 
+    On a CUDA device the decoder layers of both models and the losses run compiled; the recipe's `compile` says otherwise. In each
+    step the modules run them in the place of their `forward`, which is back before the callback is called.
+
     A run goes on only as what it was: a checkpoint in `out` is refused if its plan, layers, teacher (all bytes of its weights),
-    data, seed or recipe differ. Of the recipe may change: `name`, `checkpoint_every`, `micro_batch`, stages that have not begun,
-    and the steps of the current stage, if the learning rates of steps that are done stay what they were.
+    data, seed or recipe differ. Of the recipe may change: `name`, `checkpoint_every`, `micro_batch`, `recompute`, `compile`, stages
+    that have not begun, and the steps of the current stage, if the learning rates of steps that are done stay what they were.
+    What is resumed gives the bits of a run that was not interrupted, unless it is compiled and its batches vary in size or padding.
 
     Args:
         hybrid: what `rewrite(teacher, plan)` gave; trained in place, on the device it is on.
@@ -95,6 +98,7 @@ def distill(
 
     Raises:
         DivergedError: a loss or gradient is not finite; the last good checkpoint is kept and named.
+        CompileError: layers cannot be compiled.
         DataError, RecipeError, CheckpointError, PlanError: naming what does not fit.
 
     Example:
@@ -111,16 +115,16 @@ def distill(
     check_models(hybrid, teacher, recipe)
     source = as_source(data, tokenizer=tokenizer, seed=seed)
     check_tokens(source, vocabulary_size(hybrid))
-    run = _Run(hybrid, teacher, source, recipe, seed, callback)
+    run = _Run(hybrid, teacher, _followed(teacher, recipe), source, recipe, seed, callback)
     first = [run.batch(index, 0) for index in range(len(recipe.stages))]  # bad data is found before a file is written
-    check_run(hybrid, teacher, recipe, first[0].inputs)
+    check_run(hybrid, run.followed, recipe, first[0].inputs)
     with contextlib.ExitStack() as block:
         begin = Position()
         if out is not None:
             block.enter_context(only_run(Path(out)))
             known = identity(hybrid, teacher, source, [{**b.inputs, "labels": b.labels, "mask": b.mask} for b in first])
             begin = run.open(RunFolder(out, recipe, seed, known), resume)
-        block.enter_context(_left_as_found(hybrid, teacher))
+        block.enter_context(_left_as_found(hybrid, run.followed))
         show = block.enter_context(_progress(progress))
         for index in range(begin.stage, len(recipe.stages)):
             run.stage(index, begin.step if index == begin.stage else 0, show)
@@ -134,12 +138,24 @@ def _whole(seed: Any) -> int:
         raise RecipeError(f"seed must be a whole number, not {seed!r}") from error
 
 
+def _followed(teacher: nn.Module | None, recipe: Recipe) -> nn.Module | None:
+    """The teacher, or the copy of it that the recipe asks for, if a stage follows it."""
+    followed = any(stage.name != "lengthen" for stage in recipe.stages)
+    if teacher is None or recipe.teacher_dtype is None or not followed:
+        return teacher
+    return lowered(teacher, getattr(torch, recipe.teacher_dtype))
+
+
 @dataclass
 class _Run:
-    """One call of `distill`: what stays the same over its stages, and what it has done so far."""
+    """One call of `distill`: what stays the same over its stages, and what it has done so far.
+
+    The hybrid follows `followed`, the teacher itself or a copy of it; weights are compared with the teacher's.
+    """
 
     hybrid: nn.Module
     teacher: nn.Module | None
+    followed: nn.Module | None
     source: BatchSource
     recipe: Recipe
     seed: int
@@ -184,9 +200,11 @@ class _Run:
         optimizer = _optimizer(self.hybrid, stage)
         if first and self.folder is not None and self.checkpoint is not None:
             self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer, first)
-        objective = _objective(self.hybrid, self.teacher, stage)
+        compiler = Compiler(self.recipe.compile, stage)
+        losses = objective(self.hybrid, self.followed, stage, compiler)
+        batches = Ahead(functools.partial(self.batch, index), first, stage.num_steps)
         for step in range(first, stage.num_steps):
-            record = self._step(index, step, optimizer, objective)
+            record = self._step(Position(index, step), batches, optimizer, losses, compiler)
             show(stage, record)
             self.history.append(record)
             if self.folder is not None:
@@ -206,23 +224,36 @@ class _Run:
         ended = done and at.stage + 1 < len(self.recipe.stages)  # a next stage begins with an optimiser of its own
         self.checkpoint = self.folder.save(at, self.hybrid, self.teacher, None if ended else optimizer)
 
-    def _step(self, index: int, step: int, optimizer: torch.optim.Optimizer, objective: Objective) -> Record:
-        stage, started = self.recipe.stages[index], time.perf_counter()
-        device = next(self.hybrid.parameters()).device
-        batch = self.batch(index, step).to(device)
+    def _step(
+        self, at: Position, batches: Ahead, optimizer: torch.optim.Optimizer, losses: Objective, compiler: Compiler
+    ) -> Record:
+        """One step. The host waits for the device once, for losses and the gradient's norm, when all but the update is queued."""
+        stage, started = self.recipe.stages[at.stage], time.perf_counter()
+        batch = batches.take()
         optimizer.zero_grad(set_to_none=True)
-        with _randomness(mix_seed(self.seed, "step", index, step), device), autocast(self.recipe.autocast, device):
-            losses = {name: value.item() for name, value in objective(batch).items()}
+        with self._running(at, losses, compiler):
+            found = losses(batch)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, math.inf if stage.clip is None else stage.clip).item()
-        if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
-            raise DivergedError(self._diverged(stage, step + 1, f"loss {losses['loss']}, gradient norm {norm}"))
+        found["grad_norm"] = nn.utils.clip_grad_norm_(trained, math.inf if stage.clip is None else stage.clip)
+        batches.fetch()
+        numbers = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+        norm = numbers.pop("grad_norm")
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):
+            raise DivergedError(self._diverged(stage, at.step + 1, f"loss {numbers['loss']}, gradient norm {norm}"))
         for group in optimizer.param_groups:
-            group["lr"] = stage.rate(step) * group["factor"]
+            group["lr"] = stage.rate(at.step) * group["factor"]
         optimizer.step()
-        place = {"stage": stage.name, "stage_index": index, "step": step + 1}
+        place = {"stage": stage.name, "stage_index": at.stage, "step": at.step + 1}
         pace = {"tokens": int(batch.mask.sum()), "seconds": round(time.perf_counter() - started, 4)}
-        return {**place, **losses, "lr": stage.rate(step), "grad_norm": norm, **pace}
+        return {**place, **numbers, "lr": stage.rate(at.step), "grad_norm": norm, **pace}
+
+    @contextlib.contextmanager
+    def _running(self, at: Position, losses: Objective, compiler: Compiler) -> Iterator[None]:
+        """Randomness, autocast and forwards of a step."""
+        device = next(self.hybrid.parameters()).device
+        seed = mix_seed(self.seed, "step", at.stage, at.step)
+        with _randomness(seed, device), autocast(self.recipe.autocast, device), compiler.active(losses.forwards):
+            yield
 
     def _diverged(self, stage: Stage, step: int, what: str) -> str:
         kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
@@ -251,102 +282,11 @@ def _optimizer(hybrid: nn.Module, stage: Stage) -> torch.optim.Optimizer:
             stacklevel=5,
         )
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], betas=stage.betas, weight_decay=stage.weight_decay
+        [group for group in groups if group["params"]],
+        betas=stage.betas,
+        weight_decay=stage.weight_decay,
+        fused=True if all(parameter.is_cuda for parameter in trained) else None,
     )
-
-
-def _objective(hybrid: nn.Module, teacher: nn.Module | None, stage: Stage) -> Objective:
-    if stage.name == "align":
-        assert teacher is not None
-        return _Align(hybrid, teacher, stage.micro_batch)
-    follows = SplitModel(teacher) if teacher is not None and stage.name == "distil" else None
-    return _Follow(SplitModel(hybrid), follows, stage)
-
-
-class _Follow:
-    """Stages two and three: the loss on logits, over the micro-batches of a step."""
-
-    def __init__(self, student: SplitModel, teacher: SplitModel | None, stage: Stage) -> None:
-        self.student, self.teacher, self.micro_batch = student, teacher, stage.micro_batch
-        self.ce_weight = 1.0 if teacher is None else stage.ce_weight
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        totals = loss_totals(batch)
-        sums: dict[str, Tensor] = {}
-        for piece in batch.split(self.micro_batch):
-            loss, parts = language_loss(self.student, self.teacher, piece, ce_weight=self.ce_weight, totals=totals)
-            loss.backward()
-            _add(sums, {"loss": loss.detach(), **parts})
-        return sums
-
-
-class _Align:
-    """Stage one: the teacher's backbone runs once, and each hybrid layer learns from what passes the teacher's layer.
-
-    A layer's backward pass follows its forward pass at once, so only one layer's activations live at a time, and the
-    hybrid's own backbone never runs.
-    """
-
-    def __init__(self, hybrid: nn.Module, teacher: nn.Module, micro_batch: int | None) -> None:
-        self.teacher, self.micro_batch = SplitModel(teacher), micro_batch
-        regions = region_modules(hybrid).items()
-        self.regions = {n: region for n, region in regions if any(p.requires_grad for p in region.parameters())}
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        total = int(batch.mask.sum())
-        sums: dict[str, Tensor] = {}
-        for piece in batch.split(self.micro_batch):
-            _add(sums, {"loss": self._layers(piece, int(piece.mask.sum()) / total)})
-        return sums
-
-    def _layers(self, batch: Batch, share: float) -> Tensor:
-        losses: list[Tensor] = []
-
-        def follow(region: nn.Module) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                args, kwargs = _given((args, _uncached(kwargs)), module, region)
-                with torch.enable_grad():
-                    error = relative_error(_first(region(*args, **kwargs)), _first(output), batch.mask)
-                    loss = error * share / len(self.regions)
-                    loss.backward()
-                losses.append(loss.detach().to(batch.mask.device))
-
-            return hook
-
-        with contextlib.ExitStack() as hooks, torch.no_grad():
-            for name, region in self.regions.items():
-                handle = self.teacher.model.get_submodule(name).register_forward_hook(follow(region), with_kwargs=True)
-                hooks.callback(handle.remove)
-            self.teacher.hidden(batch.inputs)
-        return torch.stack(losses).sum()
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _given(call: Any, module: nn.Module, region: nn.Module) -> Any:
-    """What the teacher's module was called with, on the region's device, and in its dtype if the modules' dtypes differ."""
-    theirs, ours = (
-        min(m.parameters(), key=lambda p: p.ndim < 2) for m in (module, region)
-    )  # vectors may be kept in fp32
-    if (theirs.device, theirs.dtype) == (ours.device, ours.dtype):
-        return call
-
-    def beside(tensor: Tensor) -> Tensor:
-        cast = tensor.is_floating_point() and theirs.dtype != ours.dtype
-        return tensor.to(ours.device, ours.dtype if cast else tensor.dtype)
-
-    return pytree.tree_map_only(Tensor, beside, call)
-
-
-def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if name in CACHE_ARGUMENTS else value for name, value in kwargs.items()}
-
-
-def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
-    for name, value in parts.items():
-        sums[name] = sums[name] + value if name in sums else value
 
 
 @contextlib.contextmanager
