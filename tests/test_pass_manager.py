@@ -344,9 +344,9 @@ def inferring(monkeypatch: pytest.MonkeyPatch) -> list[ShapeInference]:
     return asked
 
 
-def halves(dtype: torch.dtype | None = None) -> nn.Module:
+def halves() -> nn.Module:
     """A tiny hybrid, rewritten from a teacher of its own."""
-    model = tiny("qwen3").to(dtype)
+    model = tiny("qwen3")
     return hs.rewrite(model, half_plan(model))
 
 
@@ -358,9 +358,10 @@ def test_what_one_rewrite_has_inferred_serves_the_next(inferring: list[ShapeInfe
     halves()
     assert all(asked is shared for asked in inferring)
     assert (len(shared._known), len(shared._keys)) == known
-    halves(torch.bfloat16)  # which is new to it
-    assert all(asked is shared for asked in inferring)
+    region = hs.capture(tiny("qwen3").bfloat16())[0]  # which is new to it
+    shared.infer(region)
     assert len(shared._known) > known[0]
+    assert {node.meta["val"].dtype for node in region.find(ATTENTION)} == {torch.bfloat16}
 
 
 def test_inference_that_failed_serves_nothing_more(inferring: list[ShapeInference]) -> None:
