@@ -148,7 +148,7 @@ def _check_sizes(config: dict[str, Any], file: Path) -> None:
         f"{key}.": part for key, part in config.items() if key.endswith("_config") and key != "quantization_config"
     }
     for place, part in {"": config, **parts}.items():
-        for key in SIZES.keys() & part.keys() if isinstance(part, dict) else ():
+        for key in sorted(SIZES.keys() & part.keys()) if isinstance(part, dict) else ():
             if not (part[key] is None or isinstance(part[key], list)):
                 read_value(SIZES[key], part[key], f"{file}: {place}{key}", CheckpointError)
 
@@ -173,7 +173,7 @@ def _mismatch(path: str | os.PathLike[str], config: Any) -> str:
         for file in _weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-            for name in found.keys() & made.keys():
+            for name in sorted(found.keys() & made.keys()):
                 if found[name] != made[name]:
                     return f"{file.name} holds {name} of shape {found[name]}, but config.json makes it {made[name]}"
     except Exception:  # the config makes no model at all, which is what the caller reports

@@ -59,10 +59,13 @@ class HybridConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         source = str(kwargs.get("name_or_path") or "config")
         values = unstored(config_dict, source)
-        if values.get("model_type", cls.base.model_type) != cls.base.model_type:
+        kind = values.get("model_type", cls.base.model_type)
+        if kind != cls.base.model_type:
+            own = config_class_of(kind, source)
+            if _has_models_of(own.base, cls.base):  # internlm3 is a llama with a config of its own
+                return own.from_dict(values, **kwargs)
             raise CheckpointError(
-                f"{source}: is a hybrid of a model of type {values['model_type']!r}, not {cls.base.model_type!r}; "
-                "load it with an Auto class"
+                f"{source}: is a hybrid of a model of type {kind!r}, not {cls.base.model_type!r}; load it with an Auto class"
             )
         return super().from_dict(values, **kwargs)  # type: ignore[misc]
 
@@ -238,7 +241,7 @@ def config_class(base: Any) -> Any:
     for mapping in _mappings():
         if base in mapping:
             found = mapping[base]
-            known = tuple(_of_hybrids(cls, base) for cls in (found if isinstance(found, (tuple, list)) else (found,)))
+            known = tuple(_of_hybrids(cls, base) for cls in _each(found))
             ours = tuple(cls for cls in known if cls is not None)
             if ours:
                 mapping.register(new, ours if isinstance(found, (tuple, list)) else ours[0], exist_ok=True)
@@ -271,8 +274,18 @@ def _mappings() -> Iterator[Any]:
 def _of_hybrids(cls: Any, config: Any) -> Any:
     """What stands for `cls` in a table of hybrids: tokenizers and the like stay; None for a part that has a config of its own."""
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-        return model_class(cls) if cls.config_class is config else None
+        return None if cls.config_class in config.sub_configs.values() else model_class(cls)
     return cls
+
+
+def _has_models_of(one: Any, other: Any) -> bool:
+    """Whether models with a config of class `one` are of a class made for configs of class `other`."""
+    found = (cls for mapping in _mappings() if one in mapping for cls in _each(mapping[one]))
+    return other not in one.sub_configs.values() and any(getattr(cls, "config_class", None) is other for cls in found)
+
+
+def _each(found: Any) -> tuple[Any, ...]:
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 def _reduced(thing: Any, reduced: Any) -> Any:

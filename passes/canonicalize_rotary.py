@@ -43,7 +43,8 @@ class CanonicalizeRotary(Pass):
 
     A turn is known by what it does and not by how it is written: its nodes are run on numbered channels, and what comes out is
     compared with `hydrasurgery.kernels.rotary.TURNS`. Where only the first channels are turned, slicing them off and putting them
-    back is part of the node. Bit-exact: the products and the sum stay as they were. Other regions stay as they are.
+    back is part of the node. Where halves of x are turned one by one, with tables of half the channels, the node takes the tables
+    twice. Bit-exact: the products and the sum stay as they were. Other regions stay as they are.
     """
 
     name: ClassVar[str] = "canonicalize-rotary"
@@ -55,8 +56,9 @@ class CanonicalizeRotary(Pass):
     def run(self, region: Region) -> PassResult:
         graph = region.graph
         hidden = _after_hidden(region)
-        sums = [n for n in graph.find_nodes(op="call_function", target=aten.add.Tensor) if n in hidden]
-        found = [match for node in sums if (match := _match(node, hidden)) is not None]
+        ways = ((aten.add.Tensor, _match), (aten.cat.default, _match_halves))
+        ends = [(n, way) for target, way in ways for n in graph.find_nodes(op="call_function", target=target)]
+        found = [match for node, way in ends if node in hidden and (match := way(node, hidden)) is not None]
         for end, x, cos, sin, turn in found:
             with graph.inserting_before(end):
                 new = graph.create_node("call_function", rotate, (x, cos, sin, turn), None, "rotated")
@@ -128,6 +130,60 @@ def _match(node: fx.Node, hidden: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.No
     return end, x, cos, sin, turn
 
 
+def _match_halves(node: fx.Node, hidden: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, str] | None:
+    """The same of halves put together: `cat([a * cos - b * sin, b * cos + a * sin])`, where x is `cat([a, b])`."""
+    shape, pieces = node.meta.get("shape"), arguments(node)[0]
+    width = shape[-1] if shape is not None and len(shape) == 4 else None
+    if not isinstance(width, int) or node.args[1:] not in ((-1,), (3,)) or len(pieces) != 2:
+        return None
+    first, second = (_terms(piece, hidden) for piece in pieces)
+    if first is None or second is None or first.keys() != second.keys():
+        return None
+    tables, moved = [*first], [factor for terms in (first, second) for factor, _ in terms.values()]
+    x = moved[0]
+    while x.meta.get("shape") is None or x.meta["shape"][-1] != width:  # a list of pieces has no shape
+        if x.target not in MOVES and x.target is not operator.getitem or not x.all_input_nodes:
+            return None
+        x = x.all_input_nodes[0]
+    if x.meta["shape"] != shape or not all(_is_table(table, width // 2) for table in tables):
+        return None
+    channels = _channels(width)
+    values = _moved(moved, x, channels)
+    if values is None:
+        return None
+    whole = {t: torch.cat([values[terms[t][0]] * terms[t][1] for terms in (first, second)], -1) for t in tables}
+    for cos, sin in (tables, tables[::-1]):
+        turn = _name_of(whole[sin], channels)
+        if turn is not None and torch.equal(whole[cos], channels):
+            end, x = _whole(node, x, width)
+            return end, x, _twice(cos), _twice(sin), turn
+    return None
+
+
+def _terms(node: Any, hidden: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int]] | None:
+    """A sum or difference of two products, as {factor from positions only: (factor from the hidden states, 1 or -1)}."""
+    signs = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+    if not isinstance(node, fx.Node) or node.target not in signs or node.kwargs or len(node.args) != 2:
+        return None
+    products = [_product(n, hidden) for n in node.args if isinstance(n, fx.Node)]
+    if len(products) != 2 or None in products:
+        return None
+    (a, first), (b, second) = products  # type: ignore[misc]
+    return {first: (a, 1), second: (b, signs[node.target])} if first is not second else None  # type: ignore[index]
+
+
+def _twice(table: fx.Node) -> fx.Node:
+    """The node of a table [B, 1, T, R] beside itself."""
+    graph, args = table.graph, ([table, table], -1)
+    known = next((n for n in table.users if n.target is aten.cat.default and n.args == args), None)
+    if known is not None:
+        return known
+    with graph.inserting_after(table):
+        new = graph.call_function(aten.cat.default, args)
+    new.meta["shape"] = (*table.meta["shape"][:-1], 2 * table.meta["shape"][-1])
+    return new
+
+
 def _product(node: fx.Node, hidden: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """(factor from the hidden states, factor from positions only) of a product."""
     factors = [n for n in node.args if isinstance(n, fx.Node)]
@@ -145,8 +201,25 @@ def _is_table(node: fx.Node, width: int) -> bool:
 
 def _turn(node: fx.Node, x: fx.Node, width: int) -> str | None:
     """The name in TURNS of what makes `node` from x, or None."""
+    channels = _channels(width)
+    values = _moved([node], x, channels)
+    return None if values is None else _name_of(values[node], channels)
+
+
+def _channels(width: int) -> Tensor:
+    """Numbered channels [1, 1, 1, width]."""
+    # Where a model is built empty the default device is meta, which holds no numbers to compare.
+    return torch.arange(1, width + 1, dtype=torch.float64, device="cpu").expand(1, 1, 1, width)
+
+
+def _name_of(result: Tensor, channels: Tensor) -> str | None:
+    return next((name for name, turn in TURNS.items() if torch.equal(turn(channels), result)), None)
+
+
+def _moved(nodes: list[fx.Node], x: fx.Node, channels: Tensor) -> dict[fx.Node, Tensor] | None:
+    """The values of nodes where x has numbered channels; None if they come from x by more than moves, or from elsewhere."""
     steps: list[fx.Node] = []
-    origins, todo = _same_values(x), [node]
+    origins, todo = _same_values(x), [*nodes]
     while todo:
         step = todo.pop()
         if step in origins or step in steps:
@@ -155,20 +228,15 @@ def _turn(node: fx.Node, x: fx.Node, width: int) -> str | None:
             return None
         steps.append(step)
         todo.extend(step.all_input_nodes)
-    # Where a model is built empty the default device is meta, which holds no numbers to compare.
-    channels = torch.arange(1, width + 1, dtype=torch.float64, device="cpu").expand(1, 1, 1, width)
     values: dict[fx.Node, Any] = dict.fromkeys(origins, channels)
     try:
-        for step in (n for n in node.graph.nodes if n in steps):
+        for step in (n for n in x.graph.nodes if n in steps):
             inputs: Any = (step.args, step.kwargs)
             args, kwargs = fx.node.map_arg(inputs, values.__getitem__)
             values[step] = args[0] if step.target in CASTS else step.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError, KeyError, IndexError):  # it names sizes that numbered channels do not have
         return None
-    result = values[node]
-    if not isinstance(result, Tensor):
-        return None
-    return next((name for name, turn in TURNS.items() if torch.equal(turn(channels), result)), None)
+    return {node: values[node] for node in nodes} if all(isinstance(values[n], Tensor) for n in nodes) else None
 
 
 def _same_values(x: fx.Node) -> set[fx.Node]:

@@ -20,6 +20,7 @@ from hydrasurgery.errors import CheckpointError, PassError, PipelineError
 from hydrasurgery.ir.state import extend_kv
 from hydrasurgery.layers import l2_norm, to_tokens
 from hydrasurgery.passes import REGISTRY, Pass, PassResult, parse, register, run_pipeline
+from hydrasurgery.passes.shapes import ShapeInference
 from hydrasurgery.surgery import hybrid_pipeline
 from tests.families import tiny
 from tests.test_families import half_plan, stir
@@ -109,7 +110,7 @@ def test_assigning_a_graph_drops_the_one_made_of_the_old(hybrid: nn.Module) -> N
     assert torch.allclose(cached(hybrid), full(hybrid), atol=1e-5)
 
 
-@pytest.mark.parametrize(("broken", "stage"), zip(range(7), ["requires", "run", "ensures"] * 3, strict=False))
+@pytest.mark.parametrize(("broken", "stage"), [*zip(range(7), ["requires", "run", "ensures"] * 3, strict=False)])
 def test_an_interrupted_pipeline_leaves_the_hybrid_as_it_was(
     hybrid: nn.Module, monkeypatch: pytest.MonkeyPatch, broken: int, stage: str
 ) -> None:
@@ -326,6 +327,87 @@ def test_what_was_inferred_is_forgotten_but_for_shapes() -> None:
     region = after(PLAIN, "split-heads")
     assert calls(region, "hydra::attention") == 2
     assert not any("val" in node.meta for node in region.graph.nodes)
+
+
+@pytest.fixture
+def inferring(monkeypatch: pytest.MonkeyPatch) -> list[ShapeInference]:
+    """Which inference was asked, call by call; none is shared before the test."""
+    asked: list[ShapeInference] = []
+    infer = ShapeInference.infer
+
+    def note(self: ShapeInference, region: hs.Region) -> None:
+        asked.append(self)
+        infer(self, region)
+
+    monkeypatch.setattr(ShapeInference, "_shared", {})
+    monkeypatch.setattr(ShapeInference, "infer", note)
+    return asked
+
+
+def halves() -> nn.Module:
+    """A tiny hybrid, rewritten from a teacher of its own."""
+    model = tiny("qwen3")
+    return hs.rewrite(model, half_plan(model))
+
+
+def test_what_one_rewrite_has_inferred_serves_the_next(inferring: list[ShapeInference]) -> None:
+    halves()
+    shared = inferring[0]
+    known = len(shared._known), len(shared._keys)
+    assert min(known) > 0
+    halves()
+    assert all(asked is shared for asked in inferring)
+    assert (len(shared._known), len(shared._keys)) == known
+    region = hs.capture(tiny("qwen3").bfloat16())[0]  # which is new to it
+    shared.infer(region)
+    assert len(shared._known) > known[0]
+    assert {node.meta["val"].dtype for node in region.find(ATTENTION)} == {torch.bfloat16}
+
+
+def test_inference_that_failed_serves_nothing_more(inferring: list[ShapeInference]) -> None:
+    hybrid = halves()
+    shared = ShapeInference.shared()
+    assert shared is inferring[0]
+    with pytest.raises(PassError, match="shape '\\[2, 12, 64\\]' is invalid"):
+        run_pipeline(hs.regions(hybrid), [Hostile("fixes")])
+    assert inferring[-1] is shared
+    assert ShapeInference.shared() is not shared
+    inferring.clear()
+    halves()
+    assert inferring
+    assert shared not in inferring
+
+
+def test_inference_that_knows_too_much_begins_anew(
+    inferring: list[ShapeInference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves()
+    shared = ShapeInference.shared()
+    monkeypatch.setattr(ShapeInference, "_LARGE", len(shared._known))
+    assert ShapeInference.shared() is shared
+    monkeypatch.setattr(ShapeInference, "_LARGE", len(shared._known) - 1)
+    assert ShapeInference.shared() is not shared
+
+
+def test_inference_is_of_the_defaults_and_modes_that_are_set() -> None:
+    shared = ShapeInference.shared()
+    before = torch.get_default_dtype()
+    others = []
+    try:
+        torch.set_default_dtype(torch.float64)
+        others.append(ShapeInference.shared())
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        others.append(ShapeInference.shared())
+    with torch.inference_mode():
+        others.append(ShapeInference.shared())
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            others.append(ShapeInference.shared())
+            assert ShapeInference.shared() is others[-1]
+    assert len({id(inference) for inference in (shared, *others)}) == 6
+    assert ShapeInference.shared() is shared
 
 
 def own(change: Callable[[hs.Region], Any], modified: bool = True) -> Pass:

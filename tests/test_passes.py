@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 
 from hydrasurgery.errors import PassError, PostconditionError, PreconditionError
 from hydrasurgery.ir.reading import parse_region
 from hydrasurgery.passes import PassResult, SplitHeads, run_pipeline
-from tests.text import PLAIN, ROTARY, after, calls, holds, projections
+from tests.text import HALVES, PLAIN, ROTARY, after, calls, holds, projections
 
 SDPA = PLAIN.replace(
     "%attention: [B, T, 4, 8] = hydra::attention(%q, %k, %v, scale=0.5)",
@@ -58,6 +59,59 @@ def test_canonicalize_rotary_makes_one_node_of_each_embedding() -> None:
         """,
     )
     assert calls(region, "aten::neg") == 0
+
+
+def test_canonicalize_rotary_makes_one_node_of_halves_that_are_rotated_one_by_one() -> None:
+    region = after(HALVES, "canonicalize-rotary", projections())
+    holds(
+        region,
+        """
+        options rotary=2
+        %cat_default: [1, 1, T, 8] = aten::cat([%cos, %cos], -1)
+        %cat_default_1: [1, 1, T, 8] = aten::cat([%sin, %sin], -1)
+        %rotated: [B, 4, T, 8] = rotate(%q, %cat_default, %cat_default_1, 'half')
+        %rotated_1: [B, 2, T, 8] = rotate(%k, %cat_default, %cat_default_1, 'half')
+        """,
+    )
+    assert calls(region, "aten::cat") == 2
+    back = HALVES.replace("sub.Tensor(%q_0, %q_1)", "add.Tensor(%q_0, %q_1)").replace(
+        "add.Tensor(%q_2, %q_3)", "sub.Tensor(%q_2, %q_3)"
+    )
+    holds(
+        after(back, "canonicalize-rotary", projections()),
+        "%rotated: [B, 4, T, 8] = rotate(%q, %cat_default, %cat_default_1, 'half-back')",
+    )
+
+
+@torch.no_grad()
+def test_halves_that_are_rotated_one_by_one_keep_their_bits() -> None:
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    for dtype in (torch.float32, torch.bfloat16):
+        module = projections().to(dtype)
+        x, cos, sin = (torch.randn(size, dtype=dtype) for size in ((2, 5, 32), (1, 1, 5, 4), (1, 1, 5, 4)))
+        plain, made = parse_region(HALVES, module), after(HALVES, "canonicalize-rotary", module)
+        first, second = (
+            fx.Interpreter(region.module, graph=region.graph).run(x, cos, sin, mask, enable_io_processing=False)
+            for region in (plain, made)
+        )
+        assert calls(made, "rotate") == 2
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("sub.Tensor(%q_0, %q_1)", "add.Tensor(%q_0, %q_1)"),
+        ("add.Tensor(%q_2, %q_3)", "sub.Tensor(%q_2, %q_3)"),
+        ("mul.Tensor(%q_first, %cos)", "mul.Tensor(%q_second, %cos)"),
+        ("mul.Tensor(%q_first, %sin)", "mul.Tensor(%q_first, %cos)"),
+        ("cat([%q_left, %q_right], -1)", "cat([%q_right, %q_left], -1)"),
+    ],
+)
+def test_canonicalize_rotary_leaves_halves_that_are_none(old: str, new: str) -> None:
+    assert old in HALVES
+    region = after(HALVES.replace(old, new), "canonicalize-rotary", projections())
+    assert calls(region, "rotate") == region.options["rotary"] == 1
 
 
 def test_canonicalize_rotary_leaves_what_is_none() -> None:

@@ -50,6 +50,12 @@ def test_latent_attention() -> None:
         hs.capture(small("deepseek_v3", first_k_dense_replace=1, **sizes, **latent))
 
 
+def test_of_several_layers_the_first_that_does_not_fit_is_named() -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.self_attn calls attention 2 times"):
+        hs.capture(small("diffllama", num_hidden_layers=8, **sizes))
+
+
 class EagerAttention(nn.Module):
     """Softmax attention in code of its own."""
 

@@ -58,10 +58,27 @@ region attn: 4 heads (2 linear), 2 KV heads of 8
   %o_proj: [B, T, 32] = self.o_proj(%flat)
   return %o_proj
 """
+# The same with each half rotated by itself.
+HALVES = ROTARY.replace("[1, 1, T, 8] = input", "[1, 1, T, 4] = input")
+for _name, _heads in (("q", 4), ("k", 2)):
+    _begin, _end = (HALVES.index(f"  %{_name}_{step}: ") for step in ("cos", "rotated"))
+    _lines = f"""
+  %{_name}_first: [B, {_heads}, T, 4] = aten::slice.Tensor(%{_name}, 3, 0, 4)
+  %{_name}_second: [B, {_heads}, T, 4] = aten::slice.Tensor(%{_name}, 3, 4, end)
+  %{_name}_0: [B, {_heads}, T, 4] = aten::mul.Tensor(%{_name}_first, %cos)
+  %{_name}_1: [B, {_heads}, T, 4] = aten::mul.Tensor(%{_name}_second, %sin)
+  %{_name}_left: [B, {_heads}, T, 4] = aten::sub.Tensor(%{_name}_0, %{_name}_1)
+  %{_name}_2: [B, {_heads}, T, 4] = aten::mul.Tensor(%{_name}_second, %cos)
+  %{_name}_3: [B, {_heads}, T, 4] = aten::mul.Tensor(%{_name}_first, %sin)
+  %{_name}_right: [B, {_heads}, T, 4] = aten::add.Tensor(%{_name}_2, %{_name}_3)
+"""[1:]
+    HALVES = HALVES[:_begin] + _lines + HALVES[_end:]
+    _sum = f"aten::add.Tensor(%{_name}_cos, %{_name}_sin)"
+    HALVES = HALVES.replace(_sum, f"aten::cat([%{_name}_left, %{_name}_right], -1)")
 
 
 def projections() -> nn.Module:
-    """The children that ROTARY calls."""
+    """The children that ROTARY and HALVES call."""
     return nn.ModuleDict(
         {
             "q_proj": nn.Linear(32, 32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hydrasurgery.cli.signals import stopping
+from hydrasurgery.cli.signals import idle, stopping
 
 if TYPE_CHECKING:
     from hydrasurgery.cli.commands import COMMANDS as COMMANDS
@@ -16,8 +16,8 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Entry point: expected errors are one red line on standard error, and exit code 1; 130 and 143 after a signal."""
     with stopping():
-        from hydrasurgery.cli.commands import app
-
+        with idle():
+            from hydrasurgery.cli.commands import app
         app(prog_name="hydrasurgery")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydrasurgery.cli.demonstration import demo
 from hydrasurgery.cli.heads import compare, plan, plot, score
 from hydrasurgery.cli.machine import bench, kernels
 from hydrasurgery.cli.models import distill, evaluate, export, generate, inspect, rewrite
+from hydrasurgery.cli.signals import told
 from hydrasurgery.errors import HydraError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -38,6 +40,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (HydraError, OSError, ImportError) as error:
+            if told():
+                raise
             typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
             raise typer.Exit(1) from error
 
@@ -52,8 +56,10 @@ app = typer.Typer(
 
 @app.callback()
 def _quiet() -> None:
+    from tqdm import tqdm
     from transformers.utils import logging
 
+    tqdm.set_lock(threading.RLock())  # rather than a semaphore, which a process that is killed leaves behind
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -145,8 +145,10 @@ _news: Any = None  # a worker's end of the queue of progress
 def _begin(threads: int, news: Any, parent: Connection) -> None:
     global _news
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    from tqdm import tqdm
     from transformers.utils import logging
 
+    tqdm.set_lock(threading.RLock())  # rather than a semaphore, which `_end_with` would leave behind
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     _news = news

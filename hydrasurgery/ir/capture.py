@@ -193,7 +193,7 @@ def _check_owners(model: nn.Module, watch: _Watch) -> None:
             f"{type(model).__name__}: no call of an attention op was seen{seen}. It has no attention, or bypasses the "
             "attention interface"
         )
-    for name in set(names):
+    for name in dict.fromkeys(names):
         if names.count(name) > 1:
             raise UnsupportedModelError(
                 f"{name} calls attention {names.count(name)} times; a region holds exactly one call"

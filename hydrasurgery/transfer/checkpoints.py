@@ -5,6 +5,8 @@
     metrics.jsonl                            one JSON object per step
     checkpoints/<stage>-<name>-<step>/       model.safetensors, optimizer.safetensors, state.json
 
+Bit for bit, if the machine and the number of threads are the same: with others, sums add up in another order.
+
 A checkpoint holds the hybrid's parameters that are not the teacher's bit for bit, never the teacher, and no pickle. What it
 does not hold is the teacher's. Randomness is derived from (seed, stage, step), so the seed and the position are all there is
 to save of it. `state.json` says also what run it is of (see `hydrasurgery.transfer.identity`).

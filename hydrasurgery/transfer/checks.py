@@ -183,7 +183,7 @@ def _check_layers(hybrid: nn.Module, teacher: nn.Module) -> None:
         )
     for name, region in found.items():
         ours, theirs = (dict(m.named_parameters()) for m in (region, modules[name]))
-        for key in ours.keys() & theirs.keys():
+        for key in sorted(ours.keys() & theirs.keys()):
             if ours[key].ndim > 1 and ours[key].shape[-1] != theirs[key].shape[-1]:
                 raise PlanError(
                     f"{name}.{key} is {list(ours[key].shape)} in the hybrid, {list(theirs[key].shape)} in the teacher: stage "

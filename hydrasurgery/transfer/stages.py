@@ -87,7 +87,8 @@ def distill(
         data: a source of batches or tokens; see `hydrasurgery.transfer.as_source`.
         recipe: a preset's name ("hydrahead", "demo"), a `Recipe`, or the path of one saved as JSON.
         out: a folder for metrics and checkpoints, held by one run at a time; None writes nothing.
-        resume: go on from the last checkpoint in `out`. False removes the metrics and checkpoints of an earlier run.
+        resume: go on from the last checkpoint in `out`, to the very bits of a run that nobody disturbed if the machine and the
+            number of threads are the same. False removes the metrics and checkpoints of an earlier run.
         seed: decides the data's order and dropout; runs with equal seeds see equal tokens.
         tokenizer: needed if `data` is a text file.
         progress: show a progress bar with the loss, the rate and tokens per second.

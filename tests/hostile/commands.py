@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from hydrasurgery.cli import app
 
 ROOT = Path(__file__).parents[2]
+STARTED: list[subprocess.Popen[str]] = []  # by `start`, and perhaps not ended
 
 
 def run(*args: Any) -> Any:
@@ -63,10 +64,10 @@ def little_room(size: int) -> Iterator[None]:
 
 
 def start(*args: Any, own: bool = False) -> subprocess.Popen[str]:
-    """A process that runs a command of the program, or Python itself if the code is the test's `own`."""
+    """A process that runs a command of the program, or Python itself if the code is the test's `own`; see `end_started`."""
     command = ["-c", *args] if own else ["-m", "hydrasurgery.cli", *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -75,6 +76,17 @@ def start(*args: Any, own: bool = False) -> subprocess.Popen[str]:
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests may run in the background
     )
+    STARTED.append(process)
+    return process
+
+
+def end_started() -> None:
+    """End what a test has started and left running, with all that it started."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:

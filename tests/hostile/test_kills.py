@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import hydrasurgery as hs
@@ -18,11 +19,26 @@ from hydrasurgery.folders import check_owned, owned_folder
 from hydrasurgery.loading import load_model
 from hydrasurgery.transfer import Recipe, Stage
 from tests.families import tiny
-from tests.hostile.commands import alive, contents, start, succeed, wait_for
+from tests.hostile.commands import alive, contents, end_started, start, succeed, wait_for
 
 ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 each_signal = pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Commands in processes of their own have one thread (see `start`), so this one too: with more, sums add up otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    end_started()
 
 
 def end(process, number, seconds=15):
@@ -80,19 +96,65 @@ with stopping(), hinting("go on so"), hidden(Path(sys.argv[1])) as path:
 """
 SLEEP = """print("ready", flush=True)
     time.sleep(60)"""
+LOST = """class Deaf:
+        def __del__(self):
+            print("ready", flush=True)
+            time.sleep(60)
+    Deaf()
+    time.sleep(60)"""
+OTHER = """try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except BaseException:
+        raise OSError("not there") from None"""
+IMPORT = """(path / "slow.py").write_text('import time; print("ready", flush=True); time.sleep(1); print("whole", flush=True)')
+    sys.path.insert(0, str(path))
+    import slow
+    time.sleep(60)"""
 STUBBORN = """try:
         print("ready", flush=True)
         time.sleep(60)
     finally:
         time.sleep(60)"""
+AFTER = """
+import atexit, sys, time
+from hydrasurgery.cli.signals import stopping
+def late():
+    print("ready", flush=True)
+    time.sleep(60)
+with stopping():
+    atexit.register(late)
+    sys.exit(int(sys.argv[1]))
+"""
 
 
+@pytest.mark.parametrize("work", [SLEEP, LOST, OTHER], ids=["sleep", "lost", "other"])
 @pytest.mark.parametrize("number", WORDS, ids=lambda number: number.name)
-def test_a_signal_ends_the_work_and_clears_up(tmp_path, number):
-    process = start(WAIT.format(work=SLEEP), tmp_path, own=True)
+def test_a_signal_ends_the_work_and_clears_up(tmp_path, number, work):
+    process = start(WAIT.format(work=work), tmp_path, own=True)
     process.stdout.readline()
-    assert end(process, number) == f"{WORDS[number]}: go on so"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=15)
+    assert (process.returncode, said) == (ENDS[number], f"{WORDS[number]}: go on so\n")
     assert not os.listdir(tmp_path)
+
+
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path):
+    process = start(WAIT.format(work=IMPORT), tmp_path, own=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=15) == ("whole\n", "interrupted: go on so\n")
+    assert process.returncode == 130
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_signal_after_the_work_leaves_its_outcome(code):
+    process = start(AFTER, code, own=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=15) == ("", "")
+    assert process.returncode == code
 
 
 def test_a_second_signal_ends_what_does_not_heed_the_first(tmp_path):
@@ -110,15 +172,15 @@ def test_a_second_signal_ends_what_does_not_heed_the_first(tmp_path):
 def test_what_does_not_heed_a_signal_ends_all_the_same(tmp_path):
     process = start(WAIT.format(work=STUBBORN), tmp_path, own=True)
     process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 143
-    process.communicate()
+    assert end(process, signal.SIGTERM) == "terminated: go on so"
 
 
-def test_a_signal_while_the_program_starts_gives_no_traceback(tmp_path):
+@pytest.mark.parametrize("library", ["libtorch_cpu", "_multiarray_umath", "_regex"])
+def test_a_signal_while_the_program_starts_gives_no_traceback(tmp_path, library):
     process = start("plan", "--model", tmp_path / "none", "--out", tmp_path / "plan.json")
-    time.sleep(0.7)  # torch is being imported
-    end(process, signal.SIGINT)
+    wait_for(lambda: library in Path("/proc", str(process.pid), "maps").read_text())
+    assert end(process, signal.SIGINT) == "interrupted"
+    assert process.returncode == 130
     assert not os.listdir(tmp_path)
 
 

@@ -55,6 +55,18 @@ def test_every_way_gives_the_same_hybrid(way: str, hybrid: Any, folder: Path) ->
     assert torch.equal(logits(loaded), logits(hybrid))
 
 
+@pytest.mark.parametrize("family", ["internlm3", "iquestcoder"])
+def test_a_type_whose_models_are_of_another_types_class(family: str, tmp_path: Path) -> None:
+    hybrid = hybrid_of(small(family))
+    assert type(hybrid).__name__ == "LlamaForCausalLM"
+    hybrid.save_pretrained(tmp_path)
+    for way in WAYS.values():
+        loaded = way(hybrid, tmp_path)
+        assert type(loaded) is type(hybrid)
+        assert type(loaded.config) is type(hybrid.config)
+        assert torch.equal(logits(loaded), logits(hybrid))
+
+
 def test_a_hybrid_built_from_its_config_takes_the_weights(hybrid: Any, folder: Path) -> None:
     for config in (hybrid.config, AutoConfig.from_pretrained(folder)):
         built: Any = AutoModelForCausalLM.from_config(config)
