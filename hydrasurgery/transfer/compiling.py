@@ -1,4 +1,8 @@
-"""What a step of a stage runs compiled by Inductor: decoder layers and losses, in place for as long as the step takes."""
+"""What a step of a stage runs compiled by Inductor: decoder layers and losses, in place for as long as the step takes.
+
+On CUDA devices compiled layers are recorded as CUDA graphs too (Inductor's), for the launches of a layer take the host longer than
+the layer takes the card.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,10 @@ class Compiler:
     """Compiles functions for a stage.
 
     Batches of the stage's own sizes run code with these sizes built in, which no other run has a part in: a resumed run gives the
-    same bits. Batches of all other sizes share code for any size.
+    same bits. Batches of all other sizes share code for any size, which is not recorded.
+
+    Attributes:
+        records: whether CUDA graphs are recorded: in the second call of each function, after which it is replayed.
 
     Args:
         wanted: whether to compile; None does so on CUDA devices.
@@ -41,6 +48,7 @@ class Compiler:
 
     def __init__(self, wanted: bool | None, stage: Stage) -> None:
         self._wanted, self._used, self._regular = wanted, False, True
+        self._recordable, self.records, self._micro_batch = not stage.recompute, False, stage.micro_batch
         self._sizes = (min(stage.micro_batch or stage.batch_size, stage.batch_size), stage.length)
 
     def covers(self, device: torch.device) -> bool:
@@ -54,7 +62,11 @@ class Compiler:
         if not self.covers(device):
             return function
         self._used = True
-        fixed, free = (torch.compile(function, backend=BACKEND, dynamic=dynamic) for dynamic in (False, True))
+        recorded = self._recordable and device.type == "cuda"
+        self.records |= recorded
+        options: dict[str, Any] | None = {"triton.cudagraphs": True} if recorded else None
+        fixed = torch.compile(function, backend=BACKEND, dynamic=False, options=options)
+        free = torch.compile(function, backend=BACKEND, dynamic=True)
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -78,9 +90,20 @@ class Compiler:
 
         return run
 
-    def expect(self, batch: Batch) -> None:
-        """Say what is run next."""
-        self._regular = tuple(batch.mask.shape) == self._sizes
+    def pieces(self, batch: Batch, trained: nn.Module) -> Iterator[Batch]:
+        """The micro-batches of a step, each to be run forwards and backwards before the next is asked for.
+
+        Args:
+            batch: of the step.
+            trained: whose gradients add up over the pieces.
+        """
+        for place, piece in enumerate(batch.split(self._micro_batch)):
+            if place == 1 and self.records:
+                _own_gradients(trained)
+            self._regular = tuple(piece.mask.shape) == self._sizes
+            if self.records:
+                torch.compiler.cudagraph_mark_step_begin()
+            yield piece
 
     @contextlib.contextmanager
     def active(self, forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
@@ -99,6 +122,13 @@ class Compiler:
                 block.enter_context(torch._dynamo.config.patch(limits))
                 block.enter_context(_hinting())
             yield
+
+
+def _own_gradients(trained: nn.Module) -> None:
+    """Take gradients out of the memory of recorded graphs, which the next replay overwrites."""
+    for parameter in trained.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
 
 
 def layer_forwards(

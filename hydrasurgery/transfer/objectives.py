@@ -58,7 +58,7 @@ class _Follow:
 
     def __init__(self, hybrid: nn.Module, teacher: nn.Module | None, stage: Stage, compiler: Compiler) -> None:
         self.student, self.teacher = SplitModel(hybrid), None if teacher is None else SplitModel(teacher)
-        self.micro_batch, self.compiler = stage.micro_batch, compiler
+        self.compiler = compiler
         self.ce_weight = 1.0 if teacher is None else stage.ce_weight
         names = list(region_modules(hybrid))
         self.forwards = layer_forwards(hybrid, names, compiler, recompute=stage.recompute)
@@ -69,8 +69,7 @@ class _Follow:
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         totals = loss_totals(batch)
         sums: dict[str, Tensor] = {}
-        for piece in batch.split(self.micro_batch):
-            self.compiler.expect(piece)
+        for piece in self.compiler.pieces(batch, self.student.model):
             loss, parts = language_loss(
                 self.student, self.teacher, piece, ce_weight=self.ce_weight, totals=totals, sums=self.sums
             )
@@ -87,8 +86,8 @@ class _Align:
     """
 
     def __init__(self, hybrid: nn.Module, teacher: nn.Module, stage: Stage, compiler: Compiler) -> None:
-        self.teacher, self.device = SplitModel(teacher), _device(hybrid)
-        self.micro_batch, self.compiler = stage.micro_batch, compiler
+        self.hybrid, self.teacher, self.device = hybrid, SplitModel(teacher), _device(hybrid)
+        self.compiler = compiler
         found = region_modules(hybrid)
         self.regions = {n: region for n, region in found.items() if any(p.requires_grad for p in region.parameters())}
         self.forwards = part_forwards(teacher, list(found), compiler)
@@ -97,8 +96,7 @@ class _Align:
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         total = int(batch.mask.sum())
         sums: dict[str, Tensor] = {}
-        for piece in batch.split(self.micro_batch):
-            self.compiler.expect(piece)
+        for piece in self.compiler.pieces(batch, self.hybrid):
             _add(sums, {"loss": self._layers(piece, int(piece.mask.sum()) / total)})
         return sums
 

@@ -204,6 +204,7 @@ class _Run:
         compiler = Compiler(self.recipe.compile, stage)
         losses = objective(self.hybrid, self.followed, stage, compiler)
         batches = Ahead(functools.partial(self.batch, index), first, stage.num_steps)
+        self._rehearse(Position(index, first), optimizer, losses, compiler)
         for step in range(first, stage.num_steps):
             record = self._step(Position(index, step), batches, optimizer, losses, compiler)
             show(stage, record)
@@ -214,6 +215,16 @@ class _Run:
             if self.callback is not None:
                 self.callback(record)
         optimizer.zero_grad(set_to_none=True)
+
+    def _rehearse(self, at: Position, optimizer: torch.optim.Optimizer, losses: Objective, compiler: Compiler) -> None:
+        """Have graphs recorded by two passes that train nothing, so that each step replays them: a resumed run's first one too."""
+        if not compiler.records:
+            return
+        batch = self.batch(at.stage, at.step)
+        for _ in range(2):
+            with self._running(at, losses, compiler):
+                losses(batch)
+            optimizer.zero_grad(set_to_none=True)
 
     def _save(self, at: Position, optimizer: torch.optim.Optimizer) -> None:
         stage = self.recipe.stages[at.stage]
