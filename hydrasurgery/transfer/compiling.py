@@ -22,6 +22,7 @@ from hydrasurgery.transfer.recipe import Stage
 
 BACKEND = "inductor"
 LIMIT = 1 << 20  # graphs of one function, of which layers of other head patterns each need their own
+_SHOWN = 300  # characters of another package's message
 _RAISING = (
     "torch._dynamo",
     "torch._functorch",
@@ -223,8 +224,8 @@ def _hinting() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(_RAISING):
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
+        what = " ".join(str(error).split("\n\n")[0].split())[:_SHOWN]
         raise CompileError(
-            f"the models' layers or losses cannot be compiled ({type(error).__name__}: {first}); compile=false in the recipe runs "
+            f"the models' layers or losses cannot be compiled ({type(error).__name__}: {what}); compile=false in the recipe runs "
             "them as they are"
         ) from error

@@ -28,6 +28,7 @@ from hydrasurgery.transfer.lock import only_run
 from hydrasurgery.transfer.lowering import lowered
 from hydrasurgery.transfer.objectives import Objective, objective
 from hydrasurgery.transfer.order import mix_seed
+from hydrasurgery.transfer.progress import peak_tokens, progress_bar
 from hydrasurgery.transfer.recipe import Recipe, Stage, get_recipe
 from hydrasurgery.transfer.trainable import trainable_names
 
@@ -126,7 +127,7 @@ def distill(
             known = identity(hybrid, teacher, source, [{**b.inputs, "labels": b.labels, "mask": b.mask} for b in first])
             begin = run.open(RunFolder(out, recipe, seed, known), resume)
         block.enter_context(_left_as_found(hybrid, run.followed))
-        show = block.enter_context(_progress(progress))
+        show = block.enter_context(progress_bar(progress))
         for index in range(begin.stage, len(recipe.stages)):
             run.stage(index, begin.step if index == begin.stage else 0, show)
     return TransferResult(run.history, run.checkpoint)
@@ -203,11 +204,12 @@ class _Run:
             self.folder.restore_optimizer(self.checkpoint, self.hybrid, optimizer, first)
         compiler = Compiler(self.recipe.compile, stage)
         losses = objective(self.hybrid, self.followed, stage, compiler)
+        fastest = peak_tokens(self.hybrid, self.followed, stage)
         batches = Ahead(functools.partial(self.batch, index), first, stage.num_steps)
         self._rehearse(Position(index, first), optimizer, losses, compiler)
         for step in range(first, stage.num_steps):
             record = self._step(Position(index, step), batches, optimizer, losses, compiler)
-            show(stage, record)
+            show(stage, record, fastest)
             self.history.append(record)
             if self.folder is not None:
                 self.folder.append(record)
@@ -321,27 +323,3 @@ def _left_as_found(hybrid: nn.Module, teacher: nn.Module | None) -> Iterator[Non
             for name, parameter in hybrid.named_parameters():
                 parameter.requires_grad_(flags[name])
                 parameter.grad = None
-
-
-@contextlib.contextmanager
-def _progress(enabled: bool) -> Iterator[Callable[..., None]]:
-    """Yield `show(stage, record)`, which moves the bar of the stage."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:<9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    bars: dict[int, Any] = {}
-    with Progress(*columns, TimeRemainingColumn(), disable=not enabled) as bar:
-
-        def show(stage: Stage, record: Record) -> None:
-            pace = record["tokens"] / max(record["seconds"], 1e-9)
-            text = f"loss {record['loss']:.4g}  lr {record['lr']:.2e}  {pace:,.0f} tokens/s"
-            if record["stage_index"] not in bars:
-                bars[record["stage_index"]] = bar.add_task(stage.name, total=stage.num_steps, text=text)
-            bar.update(bars[record["stage_index"]], completed=record["step"], text=text)
-
-        yield show
