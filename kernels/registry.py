@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -265,8 +266,21 @@ def _kernel(op: str, case: Case, machine: Machine) -> ModuleType:
     choice = choose(op, case, machine)
     if machine.device == "cuda" and choice.implementation.name == "reference" and choice.others:
         reasons = "; ".join(f"{other.name} {reason}" for other, reason in choice.others)
-        _say(f"hydra::{op} ({case.mode}, {_word(case.dtype)}) runs its plain PyTorch kernel on CUDA: {reasons}")
+        asks = _running_module()
+        first = f", first for {asks}" if asks else ""
+        _say(f"hydra::{op} ({case.mode}, {_word(case.dtype)}) runs its plain PyTorch kernel on CUDA{first}: {reasons}")
     return importlib.import_module(choice.implementation.module)
+
+
+def _running_module() -> str | None:
+    """The name of the hybrid's module that is running, found on the stack: so that calls that fall back to nothing pay nothing."""
+    frame = sys._getframe()
+    while frame is not None:
+        region = getattr(frame.f_locals.get("self"), "region", None)
+        if isinstance(name := getattr(region, "name", None), str):
+            return name
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 @cache

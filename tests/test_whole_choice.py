@@ -85,3 +85,14 @@ def test_no_call_runs_plain_pytorch_on_a_gpu(family, asked):
     for machine in MACHINES:
         slow = {(op, case) for op, case in asked if choose(op, case, machine).implementation.name == "reference"}
         assert not slow, machine.capability
+
+
+def test_a_call_that_falls_back_says_which_module_asked(monkeypatch):
+    hybrid = hybrid_of("qwen3")
+    bare = Machine("cuda", (7, 5), frozenset({("none", "of test_whole_choice")}))  # for which there is no kernel
+    monkeypatch.setattr(registry, "_machine", lambda kind, index: bare)
+    with pytest.warns(
+        RuntimeWarning, match=r"linear_attention .* on CUDA, first for model\.layers\.0\.self_attn: "
+    ) as said:
+        hybrid(torch.randint(3, 60, (1, 6)))
+    assert len({str(w.message) for w in said}) == len(said)  # once for all layers

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydrasurgery.kernels.attention.reach import is_reach
+from hydrasurgery.kernels.cards import processors
 
 KEYS = 64  # a block's
 
@@ -155,4 +156,4 @@ def forward(
 
 def _wave(device: torch.device) -> int:
     """Programs that the card holds at once, about: three per processor."""
-    return 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return 3 * processors(device)

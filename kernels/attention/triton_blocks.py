@@ -20,6 +20,7 @@ from torch import Tensor
 from hydrasurgery.kernels.attention.reach import OPEN, parts
 from hydrasurgery.kernels.attention.triton_blocks_gradients import _backward_keys, _backward_queries, _delta
 from hydrasurgery.kernels.attention.triton_scores import _LOG2E, LOG2E, _scores, _span, _tile
+from hydrasurgery.kernels.cards import processors
 
 
 class Tiles(NamedTuple):
@@ -249,8 +250,7 @@ def _parts(q: Tensor, programs: int, blocks: int) -> int:
     """In how many parts the keys go, so that few queries over many keys fill the card too."""
     if q.device.type != "cuda":
         return 2 if blocks > 2 and programs <= 4 else 1
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return max(1, min(2 * processors // programs, blocks // 32))
+    return max(1, min(2 * processors(q.device) // programs, blocks // 32))
 
 
 def _joined(ys: Tensor, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hydrasurgery.kernels.cards import processors
+
 CHANNELS = 128  # of a tile, both ways
 TOKENS, WARPS = 16, 4
 BACKWARD_TOKENS, BACKWARD_WARPS = 8, 1  # one warp holds all rows of a tile, so sums over them stay inside its threads
-TILES = 64  # that a backward program walks: their shares of d weight are one
+TILES = 64  # that a backward program walks at most: their shares of d weight are one
+PROGRAMS = 16  # a processor, as far as there are tiles
 
 
 @triton.jit
@@ -99,11 +102,11 @@ def _forward_kernel(
                 kept = kept & ~_starts(reset, last, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _backward_kernel(
-    grad, grad_tail, x, weight, state, reset, links, dx, dweight, dstate, T, C,
+    grad, grad_tail, x, weight, state, reset, links, dx, dweight, dstate, T, C, tiles,
     WIDTH: tl.constexpr, TAPS: tl.constexpr, STATE: tl.constexpr, RESET: tl.constexpr, LINKS: tl.constexpr,
-    TILES: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, row, tap_of = (
@@ -112,13 +115,13 @@ def _backward_kernel(
         tl.arange(0, TAPS),
     )
     column = (channel < C)[None, :]
-    begin = part * TILES * TOKENS - (WIDTH - 1)
+    begin = part * tiles * TOKENS - (WIDTH - 1)
     grad, x, dx = grad + (batch * T + begin) * C, x + (batch * T + begin) * C, dx + (batch * T + begin) * C
     past = batch * C * (WIDTH - 1)
     state, dstate, grad_tail, reset = state + past, dstate + past, grad_tail + past, reset + batch * T
     links += batch * (T + 1)
     dtaps = tl.zeros((TAPS, CHANNELS), tl.float32)
-    for tile in range(tl.minimum(TILES, tl.cdiv(T - begin, TOKENS))):
+    for tile in range(tl.minimum(tiles, tl.cdiv(T - begin, TOKENS))):
         first = begin + tile * TOKENS
         time = first + row
         same = time < T
@@ -185,16 +188,18 @@ def backward(
     """As `reference.backward`. Programs leave their shares of d weight, summed in a fixed order."""
     grad, grad_state, x, weight = (t.contiguous() for t in (grad, grad_state, x, weight))
     (batch, length, channels), width = x.shape, weight.shape[1]
-    parts = triton.cdiv(length + width - 1, BACKWARD_TOKENS * TILES)
+    whole, columns = triton.cdiv(length + width - 1, BACKWARD_TOKENS), triton.cdiv(channels, CHANNELS)
+    tiles = max(1, min(TILES, int(whole * columns * batch / (PROGRAMS * processors(x.device)))))
+    parts = triton.cdiv(whole, tiles)
     dx = torch.empty_like(x)
     dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     shares = torch.empty(batch, parts, channels, width, dtype=torch.float32, device=x.device)
     links = x if previous is None else _following(previous)
     if shares.numel():
-        _backward_kernel[(triton.cdiv(channels, CHANNELS), parts, batch)](
+        _backward_kernel[(columns, parts, batch)](
             grad, grad_state, x, weight, *_optional(x, state, reset), links, dx, shares, x if dstate is None else dstate,
-            length, channels, WIDTH=width, TAPS=triton.next_power_of_2(width), STATE=state is not None,
-            RESET=reset is not None, LINKS=previous is not None, TILES=TILES, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS,
+            length, channels, tiles, WIDTH=width, TAPS=triton.next_power_of_2(width), STATE=state is not None,
+            RESET=reset is not None, LINKS=previous is not None, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS,
             num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     return dx, shares.sum((0, 1)).to(weight.dtype), dstate

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hydrasurgery.kernels.cards import processors
 from hydrasurgery.kernels.causal_conv.triton import _after, _before, _following, _starts
 from hydrasurgery.kernels.head_inputs.reference import L2_EPS, States
-from hydrasurgery.kernels.linear_attention.triton_call import processors
 
 TILE = 2048  # numbers of a half, of one program
 WARPS = 4

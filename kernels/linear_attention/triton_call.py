@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hydrasurgery.kernels.cards import processors
+
 CHUNK = 64
 SIZES = (64, 128, 256)  # heads of other sizes are filled up with zeros
 
@@ -203,10 +205,6 @@ def _check_documents(cu_seqlens: Tensor, length: int) -> None:
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
             raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, found {ends}")
-
-
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def segment_tokens(q: Tensor, values: int) -> int:
