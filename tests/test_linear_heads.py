@@ -299,3 +299,19 @@ def test_what_is_put_on_a_gate_is_not_passed_by():
     assert has_plain_gates(hydra)
     hydra.beta.b_proj = torch.nn.Sequential(hydra.beta.b_proj)  # as an adapter wraps it
     assert not has_plain_gates(hydra)
+
+
+def test_they_compile_to_one_graph():
+    teacher = tiny("qwen3")
+    hybrid = stir(hs.rewrite(teacher, hs.plan_heads(teacher, ratio="1:1", strategy="fixed")))
+    run_fast(hybrid)
+    ids = torch.randint(3, 60, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    compiled = torch.compile(hybrid, backend="aot_eager", fullgraph=True)
+    for given in (None, mask):
+        wanted, found = (model(ids, attention_mask=given, labels=ids, use_cache=False) for model in (hybrid, compiled))
+        assert torch.allclose(found.loss, wanted.loss, rtol=1e-5)
+        parameters = [p for m in hs.region_modules(hybrid).values() for p in m.hydra.parameters()]
+        for one, other in zip(*(torch.autograd.grad(out.loss, parameters) for out in (wanted, found)), strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
