@@ -19,7 +19,7 @@ test: $(VENV)/installed
 
 # Broken files, kills and full disks, the slow ones too: for every night rather than every change.
 test-hostile: $(VENV)/installed
-	$(RUN) -m pytest -n 2 -m "slow or not slow" tests/hostile $(ARGS)
+	$(RUN) -m pytest -n 2 -m "slow or not slow" tests/hostile tests/test_fast_runs.py $(ARGS)
 
 # transformers' own tests of models, on hybrids beside their teachers; fetched from PyPI, in minutes.
 test-transformers: $(VENV)/installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,18 +90,17 @@ class Stop(Exception):
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-def inductor_follows_eager(stage: Stage, folder: Path) -> None:
-    teacher, hybrid = pair()
+def inductor_follows_eager(teacher: Any, hybrid: Any, stage: Stage, folder: Path) -> None:
     eager = run(copy.deepcopy(hybrid), teacher, stage, compile=False)
-    first = copy.deepcopy(hybrid)
+    first, second = copy.deepcopy(hybrid), copy.deepcopy(hybrid)
     whole = run(first, teacher, stage, compile=True)
+    assert numbers(eager) != numbers(whole)
     assert close(eager, whole)
 
     def stop(record: dict[str, Any]) -> None:
         if record["step"] == 2:
             raise Stop
 
-    second = copy.deepcopy(hybrid)
     with pytest.raises(Stop):
         run(copy.deepcopy(hybrid), teacher, stage, compile=True, out=folder, callback=stop)
     assert numbers(run(second, teacher, stage, compile=True, out=folder)) == numbers(whole)
@@ -109,13 +109,15 @@ def inductor_follows_eager(stage: Stage, folder: Path) -> None:
 
 
 def test_inductor_gives_the_run_of_eager_and_a_resumed_run_the_same_bits(tmp_path: Path) -> None:
-    inductor_follows_eager(DISTIL, tmp_path)
+    teacher = tiny("llama", num_hidden_layers=1)
+    hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="1:1", strategy="random"), layer="conv=none")
+    inductor_follows_eager(teacher, hybrid, LENGTHEN, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["align", "lengthen"])
-def test_inductor_gives_the_run_of_eager_in_other_stages_too(stage: str, tmp_path: Path) -> None:
-    inductor_follows_eager(STAGES[stage], tmp_path)
+@pytest.mark.parametrize("stage", STAGES)
+def test_inductor_gives_the_run_of_eager_in_every_stage(stage: str, tmp_path: Path) -> None:
+    inductor_follows_eager(*pair(), STAGES[stage], tmp_path)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -224,11 +226,38 @@ def test_a_model_whose_layers_are_not_known_runs_as_it_is_and_says_so(
 def test_layers_are_compiled_on_cuda_unless_the_recipe_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    compiling_module._triton.cache_clear()
     assert [Compiler(wanted, DISTIL).covers(cpu) for wanted in (None, True, False)] == [False, True, False]
     assert [Compiler(wanted, DISTIL).covers(cuda) for wanted in (None, True, False)] == [True, True, False]
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    compiling_module._triton.cache_clear()
     with pytest.warns(UserWarning, match="run uncompiled: Inductor needs Triton"):
         assert not Compiler(None, DISTIL).covers(cuda)
+    compiling_module._triton.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_on_a_gpu_is_compiled_and_waits_for_it_once_a_step_besides_masks(stage: str) -> None:
+    teacher, hybrid = (model.cuda() for model in pair(layers=2))
+    longer, waits = replace(STAGES[stage], steps=6), []
+    eager = run(copy.deepcopy(hybrid), teacher, longer, compile=False)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+
+        def note(record: dict[str, Any]) -> None:
+            waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+            torch.cuda.set_sync_debug_mode("warn")
+
+        try:
+            compiled = run(hybrid, teacher, longer, callback=note)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert [r["loss"] for r in compiled.history] == pytest.approx([r["loss"] for r in eager.history], rel=1e-2)
+    forwards = {"align": 1, "distil": 2, "lengthen": 1}[stage]  # in each, transformers asks whether rows hold documents
+    assert 1 <= waits[-1] - waits[-2] <= 1 + forwards
 
 
 # --- recomputed -------------------------------------------------------------------------------------------------------

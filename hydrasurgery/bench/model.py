@@ -259,7 +259,7 @@ def _train(model: Any, teacher: Any, size: int, request: Request) -> Iterator[Ro
 
 def _transfer(name: Literal["align", "distil"]) -> Callable[[Any, Any, int, Request], Iterator[Row]]:
     def run(model: Any, teacher: Any, size: int, request: Request) -> Iterator[Row]:
-        """A stage of `distill`, by its own records, without its first steps."""
+        """A stage of `distill`, by its own records, without its first steps, in which it compiles (`first_call_s`)."""
         import hydrasurgery as hs
         from hydrasurgery.transfer.recipe import Recipe, Stage
 

@@ -203,6 +203,7 @@ def _say_unknown(model: nn.Module, recompute: bool) -> None:
     )
 
 
+@functools.cache
 def _triton(device: torch.device) -> bool:
     from torch.utils._triton import has_triton
 

@@ -190,6 +190,7 @@ RECIPES: dict[str, Recipe] = {
             Stage("distil", batch_size=2, length=512, steps=80, lr=4e-3, lr_end=2e-4, warmup=10),
         ),
         checkpoint_every=50,
+        compile=False,  # would take longer than the steps
     ),
 }
 

@@ -92,7 +92,8 @@ def distill(
             number of threads are the same. False removes the metrics and checkpoints of an earlier run.
         seed: decides the data's order and dropout; runs with equal seeds see equal tokens.
         tokenizer: needed if `data` is a text file.
-        progress: show a progress bar with the loss, the rate and tokens per second.
+        progress: show a progress bar with the loss, the rate, tokens per second and, of cards whose peak is known, the share of it
+            (`hydrasurgery.transfer.progress`).
         callback: called with the record of every step.
 
     Returns:
