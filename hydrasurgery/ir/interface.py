@@ -51,12 +51,13 @@ def reach_mask(
     key. A dense mask [B, 1, T, S] where tokens may see later ones or by a function of the user's own, and in exported graphs,
     which take dense masks.
     """
-    from transformers import masking_utils
+    # Not `from transformers import masking_utils`: TorchDynamo of PyTorch 2.11 takes no module from a lazy one.
+    from transformers.masking_utils import causal_mask_function, or_masks, prepare_padding_mask, sdpa_mask
 
-    function: Any = masking_utils.causal_mask_function if mask_function is None else mask_function
-    both_ways = "allow_is_bidirectional_skip" in others or function.__name__ == masking_utils.or_masks().__name__
+    function: Any = causal_mask_function if mask_function is None else mask_function
+    both_ways = "allow_is_bidirectional_skip" in others or function.__name__ == or_masks().__name__
     if use_vmap or both_ways or exporting():
-        return masking_utils.sdpa_mask(
+        return sdpa_mask(
             batch_size,
             q_length,
             kv_length,
@@ -71,7 +72,7 @@ def reach_mask(
             **others,
         )
     first: Any = q_offset - kv_offset
-    padding: Any = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding: Any = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
     if allow_is_causal_skip and not isinstance(first, Tensor):
         # A static cache has room for later keys; as long as it is empty, its layers give the new ones alone.
@@ -84,7 +85,7 @@ def reach_mask(
             return None
     key = torch.arange(kv_length, device=device)
     reach = torch.full_like(key, OPEN)[None]
-    if function is not masking_utils.causal_mask_function:
+    if function is not causal_mask_function:
         reach = _next_start(function, key + kv_offset, batch_size) - kv_offset
     if local_size is not None:
         reach = torch.minimum(reach, key + local_size)
