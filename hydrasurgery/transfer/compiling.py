@@ -19,12 +19,8 @@ from hydrasurgery.transfer.recipe import Stage
 BACKEND = "inductor"
 LIMIT = 1 << 20  # graphs of one function, of which layers of other head patterns each need their own
 _SHOWN = 300  # characters of another package's message
-_RAISING = (
-    "torch._dynamo",
-    "torch._functorch",
-    "torch._inductor",
-    "triton",
-)  # packages whose errors are of compilation
+# Packages whose errors are of compilation.
+_RAISING = ("torch._dynamo", "torch._functorch", "torch._inductor", "triton")
 
 Forward = Callable[..., Any]
 
@@ -32,8 +28,8 @@ Forward = Callable[..., Any]
 class Compiler:
     """Compiles functions for a stage.
 
-    Batches of the stage's own sizes run code with these sizes built in, which no other run has a part in: a resumed run gives the
-    same bits. Batches of all other sizes share code for any size.
+    Batches of the stage's own sizes run code with these sizes built in, whatever else has been compiled, so that a resumed run
+    gives the same bits. Batches of all other sizes share code for any size, which rounds by the sizes that it was first run for.
 
     Args:
         wanted: whether to compile; None does so on CUDA devices.
@@ -41,7 +37,8 @@ class Compiler:
     """
 
     def __init__(self, wanted: bool | None, stage: Stage) -> None:
-        self._wanted, self._used, self._regular = wanted, False, True
+        self._wanted, self._used = wanted, False
+        self._regular = self._whole = True
         self._sizes = (min(stage.micro_batch or stage.batch_size, stage.batch_size), stage.length)
 
     def covers(self, device: torch.device) -> bool:
@@ -55,7 +52,7 @@ class Compiler:
         if not self.covers(device):
             return function
         self._used = True
-        fixed, free = (torch.compile(function, backend=BACKEND, dynamic=dynamic) for dynamic in (False, True))
+        fixed, free = _compiled_twice(function)
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -64,24 +61,26 @@ class Compiler:
         return run
 
     def compiled_by_rows(self, function: Forward, device: torch.device) -> Forward:
-        """The same for a function of tensors [N, ...], with one code for any N."""
+        """The same for a function of tensors [N, ...] of the tokens that count: other batches have any N, but no other new size."""
         if not self.covers(device):
             return function
         self._used = True
-        fixed = torch.compile(function, backend=BACKEND, dynamic=False)
+        fixed, free = _compiled_twice(function)
 
         @functools.wraps(function)
         def run(*args: Any) -> Any:
+            if self._regular and self._whole:
+                return fixed(*args)
             for tensor in args:
                 if tensor is not None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return fixed(*args)
+                    torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
+            return free(*args)
 
         return run
 
     def expect(self, batch: Batch) -> None:
-        """Say what is run next."""
-        self._regular = tuple(batch.mask.shape) == self._sizes
+        """Say what is run next, by a batch on the CPU."""
+        self._regular, self._whole = tuple(batch.mask.shape) == self._sizes, bool(batch.mask.all())
 
     @contextlib.contextmanager
     def active(self, forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
@@ -100,6 +99,12 @@ class Compiler:
                 block.enter_context(torch._dynamo.config.patch(limits))
                 block.enter_context(_hinting())
             yield
+
+
+def _compiled_twice(function: Forward) -> tuple[Forward, Forward]:
+    """For the sizes of each call, and for any size; Inductor keeps the code of the two apart."""
+    fixed = torch.compile(function, backend=BACKEND, dynamic=False)
+    return fixed, torch.compile(function, backend=BACKEND, dynamic=True)
 
 
 def layer_forwards(
