@@ -147,6 +147,21 @@ def test_batches_that_vary_in_size_share_graphs(stage: str, counter: CompileCoun
     assert 0 < counts[3] == counts[-1]
 
 
+def test_batches_of_a_stages_own_sizes_run_code_of_their_own() -> None:
+    compiler, graphs = Compiler(True, DISTIL), torch._dynamo.utils.counters["stats"]
+    cpu = torch.device("cpu")
+    rows, double = compiler.compiled_by_rows(lambda x: 2 * x, cpu), compiler.compiled(lambda x: x + x, cpu)
+    counts = []
+    for size in (2, 5), (2, 6), (2, 16), (2, 16):
+        ids = torch.ones(size, dtype=torch.long)
+        compiler.expect(Batch({"input_ids": ids}, ids.bool(), ids))
+        before = graphs["unique_graphs"]
+        rows(torch.ones(ids.numel(), 3))
+        double(torch.ones(size))
+        counts.append(graphs["unique_graphs"] - before)
+    assert counts == [2, 0, 2, 0]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_forwards_are_replaced_for_a_step_and_then_back(stage: str, counter: CompileCounterWithBackend) -> None:
     teacher, hybrid = pair(layers=2)

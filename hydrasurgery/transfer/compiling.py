@@ -23,12 +23,8 @@ from hydrasurgery.transfer.recipe import Stage
 BACKEND = "inductor"
 LIMIT = 1 << 20  # graphs of one function, of which layers of other head patterns each need their own
 _SHOWN = 300  # characters of another package's message
-_RAISING = (
-    "torch._dynamo",
-    "torch._functorch",
-    "torch._inductor",
-    "triton",
-)  # packages whose errors are of compilation
+# Packages whose errors are of compilation.
+_RAISING = ("torch._dynamo", "torch._functorch", "torch._inductor", "triton")
 
 Forward = Callable[..., Any]
 
@@ -36,8 +32,9 @@ Forward = Callable[..., Any]
 class Compiler:
     """Compiles functions for a stage.
 
-    Batches of the stage's own sizes run code with these sizes built in, which no other run has a part in: a resumed run gives the
-    same bits. Batches of all other sizes share code for any size, which is not recorded.
+    Batches of the stage's own sizes run code with these sizes built in, whatever else has been compiled, so that a resumed run
+    gives the same bits. Batches of all other sizes share code for any size, which rounds by the sizes that it was first run for and
+    is not recorded.
 
     Attributes:
         records: whether CUDA graphs are recorded: in the second call of each function, after which it is replayed.
@@ -48,7 +45,8 @@ class Compiler:
     """
 
     def __init__(self, wanted: bool | None, stage: Stage) -> None:
-        self._wanted, self._used, self._regular = wanted, False, True
+        self._wanted, self._used = wanted, False
+        self._regular = self._whole = True
         self._recordable, self.records, self._micro_batch = not stage.recompute, False, stage.micro_batch
         self._sizes = (min(stage.micro_batch or stage.batch_size, stage.batch_size), stage.length)
 
@@ -65,9 +63,7 @@ class Compiler:
         self._used = True
         recorded = self._recordable and device.type == "cuda"
         self.records |= recorded
-        options: dict[str, Any] | None = {"triton.cudagraphs": True} if recorded else None
-        fixed = torch.compile(function, backend=BACKEND, dynamic=False, options=options)
-        free = torch.compile(function, backend=BACKEND, dynamic=True)
+        fixed, free = _compiled_twice(function, recorded)
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -76,18 +72,20 @@ class Compiler:
         return run
 
     def compiled_by_rows(self, function: Forward, device: torch.device) -> Forward:
-        """The same for a function of tensors [N, ...], with one code for any N."""
+        """The same for a function of tensors [N, ...] of the tokens that count: other batches have any N, but no other new size."""
         if not self.covers(device):
             return function
         self._used = True
-        fixed = torch.compile(function, backend=BACKEND, dynamic=False)
+        fixed, free = _compiled_twice(function)
 
         @functools.wraps(function)
         def run(*args: Any) -> Any:
+            if self._regular and self._whole:
+                return fixed(*args)
             for tensor in args:
                 if tensor is not None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return fixed(*args)
+                    torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
+            return free(*args)
 
         return run
 
@@ -95,13 +93,13 @@ class Compiler:
         """The micro-batches of a step, each to be run forwards and backwards before the next is asked for.
 
         Args:
-            batch: of the step.
+            batch: of the step, on the CPU.
             trained: whose gradients add up over the pieces.
         """
         for place, piece in enumerate(batch.split(self._micro_batch)):
             if place == 1 and self.records:
                 _own_gradients(trained)
-            self._regular = tuple(piece.mask.shape) == self._sizes
+            self._regular, self._whole = tuple(piece.mask.shape) == self._sizes, bool(piece.mask.all())
             if self.records:
                 torch.compiler.cudagraph_mark_step_begin()
             yield piece
@@ -130,6 +128,13 @@ def _own_gradients(trained: nn.Module) -> None:
     for parameter in trained.parameters():
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()
+
+
+def _compiled_twice(function: Forward, recorded: bool = False) -> tuple[Forward, Forward]:
+    """For the sizes of each call, `recorded` as CUDA graphs or not, and for any size; Inductor keeps the code of the two apart."""
+    options: dict[str, Any] | None = {"triton.cudagraphs": True} if recorded else None
+    fixed = torch.compile(function, backend=BACKEND, dynamic=False, options=options)
+    return fixed, torch.compile(function, backend=BACKEND, dynamic=True)
 
 
 def layer_forwards(

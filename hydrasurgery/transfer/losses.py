@@ -151,9 +151,8 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         tensor(0.2500)
     """
     left_out = ~mask.to(output.device)[..., None]
-    output = output.float().masked_fill(
-        left_out, 0.0
-    )  # what stands there, NaN too, reaches neither the sum nor the gradient
+    # What stands there, NaN too, reaches neither the sums nor the gradient.
+    output = output.float().masked_fill(left_out, 0.0)
     target = target.to(output.device).float().masked_fill(left_out, 0.0)
     return (output - target).square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
