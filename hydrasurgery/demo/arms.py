@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from hydrasurgery.conversion import rewrite
 from hydrasurgery.demo.corpus import training_batch
 from hydrasurgery.demo.teacher import load_teacher
+from hydrasurgery.demo.workers import Begin
 from hydrasurgery.errors import DemoError
 from hydrasurgery.evaluation import encode_text, evaluate, library_text
 from hydrasurgery.folders import owned_folder
@@ -101,7 +101,7 @@ def run_arms(arms: Sequence[Arm], folder: Path, console: Console) -> list[Arm]:
     columns = (TextColumn("{task.description:<21}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress,
-        ProcessPoolExecutor(workers, context, _begin, (cores // workers, news, theirs)) as pool,
+        ProcessPoolExecutor(workers, context, Begin(theirs, __name__, _begin.__name__, cores // workers, news)) as pool,
         ours,  # closed first, so that the pool waits for no worker that an error has made needless
     ):
         bars = {arm.name: progress.add_task(arm.name, total=arm.steps, note="", start=False) for arm in arms}
@@ -122,12 +122,25 @@ def run_arms(arms: Sequence[Arm], folder: Path, console: Console) -> list[Arm]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C in a terminal goes to every process; those that are started in this block leave it to this one."""
+    """Processes that are started in the block are started whole: Ctrl-C and SIGTERM wait for its end.
+
+    Ctrl-C in a terminal goes to every process; these leave it to this one.
+    """
+    came: list[int] = []
+    here = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if here}
+    before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for each in came:
+            signal.raise_signal(each)
 
 
 def _result(job: Future[Arm]) -> Arm:
@@ -142,23 +155,15 @@ def _result(job: Future[Arm]) -> Arm:
 _news: Any = None  # a worker's end of the queue of progress
 
 
-def _begin(threads: int, news: Any, parent: Connection) -> None:
+def _begin(threads: int, news: Any) -> None:
     global _news
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from tqdm import tqdm
     from transformers.utils import logging
 
-    tqdm.set_lock(threading.RLock())  # rather than a semaphore, which `_end_with` would leave behind
+    tqdm.set_lock(threading.RLock())  # rather than a semaphore, which a worker that is ended leaves behind
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     _news = news
-
-
-def _end_with(parent: Connection) -> None:
-    """End this process as soon as the other end of `parent` is closed, be it that its process was killed."""
-    with contextlib.suppress(EOFError, OSError):
-        parent.recv_bytes()
-    os._exit(1)
 
 
 def _tell(arm: Arm, step: int, note: str) -> None:

@@ -56,6 +56,23 @@ def end(process, number, seconds=15):
     return lines[-1] if lines else ""
 
 
+def workers_of(group):
+    """The worker processes of a session, in whatever state."""
+    return [pid for pid in alive(group) if b"spawn_main" in read(pid, "cmdline")]
+
+
+def has_loaded(pid, library):
+    return library.encode() in read(pid, "maps")
+
+
+def read(pid, name):
+    """What the system says of a process; nothing if it has ended."""
+    try:
+        return Path("/proc", str(pid), name).read_bytes()
+    except OSError:
+        return b""
+
+
 # --- without a model: quick -------------------------------------------------------------------------------------------------------
 
 REPLACE = """
@@ -178,7 +195,7 @@ def test_what_does_not_heed_a_signal_ends_all_the_same(tmp_path):
 @pytest.mark.parametrize("library", ["libtorch_cpu", "_multiarray_umath", "_regex"])
 def test_a_signal_while_the_program_starts_gives_no_traceback(tmp_path, library):
     process = start("plan", "--model", tmp_path / "none", "--out", tmp_path / "plan.json")
-    wait_for(lambda: library in Path("/proc", str(process.pid), "maps").read_text())
+    wait_for(lambda: has_loaded(process.pid, library))
     assert end(process, signal.SIGINT) == "interrupted"
     assert process.returncode == 130
     assert not os.listdir(tmp_path)
@@ -296,20 +313,27 @@ def test_export(work, tmp_path, number, kind):
     out = tmp_path / f"model.{kind}"
     process = start("export", work / "tiny" / "teacher", "--out", out)
     wait_for(lambda: any(tmp_path.iterdir()))
-    time.sleep(random.Random(number).uniform(0, 3))
+    time.sleep(random.Random(number).uniform(0, 1))  # of more than two that the export takes
     end(process, number)
     assert not out.exists()
     succeed("export", work / "tiny" / "teacher", "--out", out)
     assert os.listdir(tmp_path) == [out.name]
 
 
+MOMENTS = [
+    *(("starting", number) for number in WORDS),
+    *((moment, number) for moment in ("loading", "training") for number in ENDS),
+]
+
+
 @pytest.mark.slow
-@each_signal
-@pytest.mark.parametrize("moment", ["started", "training"])
+@pytest.mark.parametrize(("moment", "number"), MOMENTS, ids=lambda value: getattr(value, "name", value))
 def test_the_demos_workers_end_with_it(tmp_path, number, moment):
     process = start("demo", "--quick", "--out", tmp_path / "demo")
     wait_for(lambda: process.poll() is not None or (tmp_path / "demo" / "plan.json").exists())
     wait_for(lambda: len(alive(process.pid)) >= 3)  # the program, its tracker of resources and a worker
+    if moment == "loading":
+        wait_for(lambda: [pid for pid in workers_of(process.pid) if has_loaded(pid, "libtorch_cpu")])
     if moment == "training":
         wait_for(lambda: any((tmp_path / "demo" / "runs").glob("*/metrics.jsonl")))
     end(process, number, seconds=10)
@@ -339,9 +363,7 @@ if __name__ == "__main__":
         tmp_path / "runs",
         own=True,
     )
-    workers = wait_for(
-        lambda: [pid for pid in alive(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    )
+    workers = wait_for(lambda: [pid for pid in workers_of(process.pid) if has_loaded(pid, "libtorch_cpu")])
     os.kill(workers[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=15)
     assert said.startswith("a worker process was killed")
