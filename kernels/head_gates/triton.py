@@ -32,19 +32,25 @@ def _place(tokens, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr)
     return row, head, (row < tokens)[:, None] & (head < HEADS)[None, :]
 
 
+@triton.jit
+def _biased(raw, A_log, dt_bias, beta_bias, at, head, live, HEADS: tl.constexpr):
+    """Of a and b what softplus and sigmoid are taken of [token, head], and -exp(A_log) [1, head]."""
+    own = head < HEADS
+    a = tl.load(raw + at, mask=live, other=0).to(tl.float32)
+    b = tl.load(raw + at + HEADS, mask=live, other=0).to(tl.float32)
+    a += tl.load(dt_bias + head, mask=own, other=0).to(tl.float32)[None, :]
+    b += tl.load(beta_bias + head, mask=own, other=0).to(tl.float32)[None, :]
+    return a, b, -tl.exp(tl.load(A_log + head, mask=own, other=0).to(tl.float32))[None, :]
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _forward_kernel(
     raw, A_log, dt_bias, beta_bias, valid, reset, decay, beta, gate, tokens,
     N: tl.constexpr, HEADS: tl.constexpr, FLAGS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, head, live = _place(tokens, HEADS, ROWS, BLOCK)
-    own = head < HEADS
     at, to = row[:, None] * N + head[None, :], row[:, None] * HEADS + head[None, :]
-    a = tl.load(raw + at, mask=live, other=0).to(tl.float32)
-    b = tl.load(raw + at + HEADS, mask=live, other=0).to(tl.float32)
-    a += tl.load(dt_bias + head, mask=own, other=0).to(tl.float32)[None, :]
-    b += tl.load(beta_bias + head, mask=own, other=0).to(tl.float32)[None, :]
-    rate = -tl.exp(tl.load(A_log + head, mask=own, other=0).to(tl.float32))[None, :]
+    a, b, rate = _biased(raw, A_log, dt_bias, beta_bias, at, head, live, HEADS)
     left, written = rate * _softplus(a), tl.sigmoid(b)
     if FLAGS:
         token = (tl.load(valid + row, mask=row < tokens, other=0) != 0)[:, None]
@@ -63,13 +69,8 @@ def _backward_kernel(
     N: tl.constexpr, HEADS: tl.constexpr, FLAGS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, head, live = _place(tokens, HEADS, ROWS, BLOCK)
-    own = head < HEADS
     at, of = row[:, None] * N + head[None, :], row[:, None] * HEADS + head[None, :]
-    a = tl.load(raw + at, mask=live, other=0).to(tl.float32)
-    b = tl.load(raw + at + HEADS, mask=live, other=0).to(tl.float32)
-    a += tl.load(dt_bias + head, mask=own, other=0).to(tl.float32)[None, :]
-    b += tl.load(beta_bias + head, mask=own, other=0).to(tl.float32)[None, :]
-    rate = -tl.exp(tl.load(A_log + head, mask=own, other=0).to(tl.float32))[None, :]
+    a, b, rate = _biased(raw, A_log, dt_bias, beta_bias, at, head, live, HEADS)
     d_decay = tl.load(grad_decay + of, mask=live, other=0).to(tl.float32)
     d_beta = tl.load(grad_beta + of, mask=live, other=0).to(tl.float32)
     if FLAGS:
@@ -91,7 +92,7 @@ def _backward_kernel(
         rest = (row < tokens)[:, None] & (spare < N - used)[None, :]
         nothing = tl.zeros((ROWS, 8), tl.float32).to(draw.dtype.element_ty)
         tl.store(draw + row[:, None] * N + used + spare[None, :], nothing, mask=rest)
-    share = sums + tl.program_id(0) * 3 * HEADS + head
+    share, own = sums + tl.program_id(0) * 3 * HEADS + head, head < HEADS
     tl.store(share, tl.sum(tl.where(live, d_decay * rate * _softplus(a), 0.0), 0), mask=own)
     tl.store(share + HEADS, tl.sum(tl.where(live, da, 0.0), 0), mask=own)
     tl.store(share + 2 * HEADS, tl.sum(tl.where(live, db, 0.0), 0), mask=own)
