@@ -238,5 +238,5 @@ def test_operators_on_a_cpu_take_the_reference(monkeypatch):
     full = ops.attention(*[y.unflatten(-1, (2, 8)).transpose(1, 2)] * 3)
     linear, _ = ops.linear_attention(x, x, x, *gates)
     ops.scale_norm_fusion(full, linear, torch.ones(2), linear_heads=[1, 2]).sum().backward()
-    assert len(taken) == 8
+    assert len(taken) == 9  # both ways of four, and the kernel of attention's backward when its forward is asked for
     assert {module.__name__.rpartition(".")[2] for module in taken} == {"reference"}

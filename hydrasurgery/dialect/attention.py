@@ -179,6 +179,8 @@ def _(grad, o, kept, q, k, v, mask=None, sinks=None, *, scale=None, causal=True,
 def _attention_grads(ctx, grad):
     q, k, v, mask, sinks, o, *kept = ctx.saved_tensors
     inputs = (q, k, v, mask, sinks)
+    if grad is None:
+        return (None,) * len(inputs)
     dq, dk, dv, dsinks = torch.ops.hydra.attention_backward.default(grad, o, kept, *inputs, **ctx.options)
     return dq, dk, dv, None, None if sinks is None else dsinks
 
