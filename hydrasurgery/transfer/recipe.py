@@ -116,8 +116,9 @@ class Recipe:
             own dtype. None computes in that dtype throughout.
         checkpoint_every: steps between checkpoints; the end of a stage always has one.
         compile: run the decoder layers and the losses as compiled by `torch.compile` (Inductor). None does so for models on a CUDA
-            device, True everywhere, False nowhere. It takes minutes at the start of a stage. Compiled and eager runs, and runs
-            compiled for batches of other shapes, differ by rounding.
+            device, True everywhere, False nowhere. On CUDA devices the layers are recorded as CUDA graphs too, unless the stage
+            recomputes them. It takes a minute or more at the start of a stage. Compiled and eager runs, and runs compiled for
+            batches of other shapes, differ by rounding.
         teacher_dtype: `bfloat16` follows a copy of the teacher in that dtype, made for the run, with 2 bytes more for each
             parameter that is not in it already; the teacher stays as it is. None follows the teacher itself.
 
