@@ -61,6 +61,14 @@ def workers_of(group):
     return [pid for pid in alive(group) if b"spawn_main" in read(pid, "cmdline")]
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (mask,) = (
+        line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")
+    )
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def has_loaded(pid, library):
     return library.encode() in read(pid, "maps")
 
@@ -178,7 +186,7 @@ def test_a_second_signal_ends_what_does_not_heed_the_first(tmp_path):
     process = start(WAIT.format(work=STUBBORN), tmp_path, own=True)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    wait_for(lambda: not catches(process.pid, signal.SIGINT))  # or both would be one
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == -signal.SIGINT
