@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hydrasurgery as hs
 from hydrasurgery import ops
@@ -130,7 +131,7 @@ def test_what_asks_for_no_gradient_gets_none(frozen):
     for name, one, other in zip(Inputs._fields, x, y, strict=True):
         if name in frozen:
             assert other.grad is None
-        elif one is not None and one.is_leaf and one.requires_grad and name != "k_past":
+        elif one is not None and one.is_leaf and one.requires_grad:
             assert one.grad is not None, name
 
 
@@ -315,3 +316,18 @@ def test_they_compile_to_one_graph():
         parameters = [p for m in hs.region_modules(hybrid).values() for p in m.hydra.parameters()]
         for one, other in zip(*(torch.autograd.grad(out.loss, parameters) for out in (wanted, found)), strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_gpus_run_them_unless_something_is_put_on_a_gate():
+    """On tensors that say that they are on a GPU; what would run there is only named."""
+    teacher = tiny("qwen3")
+    hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="1:1", strategy="fixed"))
+    module = next(iter(hs.region_modules(hybrid).values()))
+    vars(module).update(_run=lambda *_: "plain", _run_fast=lambda *_: "fast")
+    with FakeTensorMode():
+        there, here = (torch.empty(1, 4, 64, device=device) for device in ("cuda", "cpu"))
+        assert (module(there), module(here)) == ("fast", "plain")
+        handle = module.hydra.output_gate.register_forward_pre_hook(lambda *_: None)
+        assert module(there) == "plain"
+        handle.remove()
+        assert module(there) == "fast"

@@ -139,6 +139,7 @@ def _linear_heads(*inputs, slots, scale=None, eps=1e-6, turn="half", low=False):
 
 @operator("linear_heads_forward", f"({_NAMES}, *, {_OPTIONS}) -> ({_RESULTS}, Tensor[] kept)")
 def _training(*inputs, slots, scale=None, eps=1e-6, turn="half", low=False):
+    refuse_tangents(*inputs)
     results, kept = _forward(Inputs(*inputs), slots, scale, eps, turn, low, keep=True)
     return *(exact(part) for part in results), [exact(part) for part in kept.listed()]
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import fx, nn
 
 from hydrasurgery.dialect.heads import select_heads
-from hydrasurgery.dialect.tokens import previous_tokens, token_flags
+from hydrasurgery.dialect.tokens import token_flags
 from hydrasurgery.ir.linear_branch import LinearBranch, linear_branch
-from hydrasurgery.ir.state import STATE, TELLS, flags_of, run_linear, step_linear
+from hydrasurgery.ir.state import STATE, TELLS, flags_of, previous_of, run_linear, step_linear
 from hydrasurgery.kernels.rotary import rotate
 from hydrasurgery.layers import BetaGate, DecayGate, OutputGate, Projection
 
@@ -58,7 +58,7 @@ def _fuse(graph: fx.Graph, branch: LinearBranch) -> None:
     """One node, which reads the gates' parameters, for all of a branch."""
     decay, beta, gate = branch.gates
     state = next((n for n in graph.nodes if n.op == "placeholder" and n.target == STATE), None)
-    mask, first_key, *window = _flags_arguments(branch)
+    read: Any = branch.flags[0].args[0]  # the node of both flags
     with graph.inserting_before(branch.fusion):
         parameters = [
             None if module is None else graph.get_attr(f"{module.target}.{name}")
@@ -72,18 +72,11 @@ def _fuse(graph: fx.Graph, branch: LinearBranch) -> None:
             )
         ]
         inputs = (branch.hidden, *branch.heads, branch.full, *parameters, branch.gamma, *branch.weights)
-        flags = graph.call_function(flags_of, (mask, branch.hidden, first_key, *window))
-        known = [graph.call_function(operator.getitem, (flags, place)) for place in range(3)]
+        flags = graph.call_function(flags_of, read.args, read.kwargs)
+        known = [graph.call_function(operator.getitem, (flags, place)) for place in range(2)]
+        known.append(graph.call_function(previous_of, (known[0], read.args[0])))
         options = {"slots": branch.fusion.kwargs["linear_heads"], **branch.options}
         branch.replace(graph.call_function(run_linear, (state, *inputs, *known, *branch.tables), options))
-
-
-def _flags_arguments(branch: LinearBranch) -> tuple[Any, ...]:
-    """(mask, first key, window if there is one) that the branch's flags were read from."""
-    node: Any = branch.flags[0].args[0]
-    mask, _, *first = node.args
-    window = node.kwargs.get("window")
-    return mask, first[0] if first else None, *([] if window is None else [window])
 
 
 def _ask_mask_first(graph: fx.Graph, flags: fx.Node) -> None:
@@ -91,13 +84,10 @@ def _ask_mask_first(graph: fx.Graph, flags: fx.Node) -> None:
     if any(user.target is not operator.getitem for user in flags.users):
         return
     readers = {reader for user in flags.users for reader in user.users}
-    if not readers or any(reader.target not in (step_linear, previous_tokens) for reader in readers):
+    if not readers or any(reader.target is not step_linear for reader in readers):
         return
     with graph.inserting_before(flags):
-        window = flags.kwargs.get("window")
-        mask, hidden, *first = flags.args
-        given = (mask, hidden, first[0] if first else None, *([] if window is None else [window]))
-        flags.replace_all_uses_with(graph.call_function(flags_of, given))
+        flags.replace_all_uses_with(graph.call_function(flags_of, flags.args, flags.kwargs))
     graph.erase_node(flags)
 
 

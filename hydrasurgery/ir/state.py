@@ -135,12 +135,14 @@ def run_linear(
 
 def flags_of(
     mask: Tensor | None, hidden_states: Tensor, first_key: Tensor | int | None = None, window: int | None = None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(valid, reset, previous) of `token_flags` and `previous_tokens`; None each without a mask, which says nothing."""
-    if mask is None:
-        return None, None, None
-    valid, reset = token_flags(mask, hidden_states, first_key, window=window)
-    return valid, reset, previous_tokens(valid, mask)
+) -> tuple[Tensor | None, Tensor | None]:
+    """(valid, reset) of `token_flags`; None each without a mask, which says nothing."""
+    return (None, None) if mask is None else token_flags(mask, hidden_states, first_key, window=window)
+
+
+def previous_of(valid: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """`previous_tokens` of what `flags_of` gives."""
+    return None if valid is None else previous_tokens(valid, mask)
 
 
 def read_state(state: Any, name: str) -> Tensor | None:

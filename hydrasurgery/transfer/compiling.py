@@ -96,9 +96,10 @@ class Compiler:
             batch: of the step, on the CPU.
             trained: whose gradients add up over the pieces.
         """
+        owned: set[nn.Parameter] = set()
         for place, piece in enumerate(batch.split(self._micro_batch)):
-            if place == 1 and self.records:
-                _own_gradients(trained)
+            if place and self.records:
+                _own_gradients(trained, owned)
             self._regular, self._whole = tuple(piece.mask.shape) == self._sizes, bool(piece.mask.all())
             if self.records:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -123,11 +124,12 @@ class Compiler:
             yield
 
 
-def _own_gradients(trained: nn.Module) -> None:
-    """Take gradients out of the memory of recorded graphs, which the next replay overwrites."""
+def _own_gradients(trained: nn.Module, owned: set[nn.Parameter]) -> None:
+    """Take new gradients out of the memory of recorded graphs, which the next replay overwrites; old ones are added to in place."""
     for parameter in trained.parameters():
-        if parameter.grad is not None:
+        if parameter.grad is not None and parameter not in owned:
             parameter.grad = parameter.grad.clone()
+            owned.add(parameter)
 
 
 def _compiled_twice(function: Forward, recorded: bool = False) -> tuple[Forward, Forward]:

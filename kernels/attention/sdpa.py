@@ -39,14 +39,14 @@ def forward_keeping(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`forward`, and of the softmax what `backward` need not compute again: a number a query and head."""
+    """`forward`, and of cuDNN's softmax what `backward` need not compute again: a number a query and head."""
     out, lse, _ = _statistics(q, k, v, scale, causal)
-    return out.transpose(1, 2), (lse.view(q.shape[:3]),)
+    return out.transpose(1, 2), (lse.view(q.shape[:3]),) if _has_cudnn(q) else ()
 
 
 def kept_like(q: Tensor) -> tuple[Tensor, ...]:
     """Unfilled tensors of the shapes and dtypes that `forward_keeping` keeps."""
-    return (q.new_empty(q.shape[:3], dtype=torch.float32),)
+    return (q.new_empty(q.shape[:3], dtype=torch.float32),) if _has_cudnn(q) else ()
 
 
 def backward(
