@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from hydrasurgery import ops
+from hydrasurgery.ir.region import Region
 from hydrasurgery.ir.state import TELLS
-
-if TYPE_CHECKING:
-    from hydrasurgery.ir.region import Region
 
 FLAGS = ("valid", "reset")  # what `ops.token_flags` returns
 

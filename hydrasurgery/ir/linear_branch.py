@@ -9,7 +9,6 @@ from torch import fx, nn
 
 from hydrasurgery.dialect.names import CAUSAL_CONV, FUSION, LINEAR_ATTENTION
 from hydrasurgery.dialect.tokens import previous_tokens
-from hydrasurgery.ir.graphs import arguments
 from hydrasurgery.ir.state import write_state
 from hydrasurgery.layers import BetaGate, DecayGate, OutputGate, l2_norm, rotate_tokens, to_heads, to_tokens
 
@@ -74,8 +73,8 @@ def linear_branch(module: nn.Module, graph: fx.Graph) -> LinearBranch | None:
     if len(fusions) != 1 or len(recurrences) != 1:
         return None
     (fusion,), (recurrence,) = fusions, recurrences
-    full, linear, gamma, gate = arguments(fusion)
-    q, k, v, decay, beta, _ = arguments(recurrence)
+    full, linear, gamma, gate = _arguments(fusion)
+    q, k, v, decay, beta, _ = _arguments(recurrence)
     if recurrence.kwargs["rule"] != "gated_delta" or fusion.kwargs["norm_full"]:
         return None
     if not _is(linear, operator.getitem, recurrence, 0) or len(linear.users) != 1 or not _only_read(recurrence):
@@ -83,13 +82,13 @@ def linear_branch(module: nn.Module, graph: fx.Graph) -> LinearBranch | None:
     for node, kind in ((decay, DecayGate), (beta, BetaGate), (gate, OutputGate)):
         if node is not None and (node.op != "call_module" or type(module.get_submodule(str(node.target))) is not kind):
             return None
-    hidden, valid, reset = arguments(decay)
-    if arguments(beta) != (hidden, valid) or (gate is not None and arguments(gate) != (hidden,)):
+    hidden, valid, reset = _arguments(decay)
+    if _arguments(beta) != (hidden, valid) or (gate is not None and _arguments(gate) != (hidden,)):
         return None
     normed = [n for n in (q, k) if n.target is l2_norm and len(n.args) == 1 and len(n.users) == 1]
     if len(normed) != 2:
         return None
-    turned, turns = zip(*(_unturned(arguments(n)[0]) for n in normed), strict=True)
+    turned, turns = zip(*(_unturned(_arguments(n)[0]) for n in normed), strict=True)
     if turns[0] != turns[1]:
         return None
     heads = (*turned, v)
@@ -100,11 +99,15 @@ def linear_branch(module: nn.Module, graph: fx.Graph) -> LinearBranch | None:
     return LinearBranch(fusion, recurrence, full, gamma, (decay, beta, gate), inputs, weights, turns[0])
 
 
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _unturned(node: fx.Node) -> tuple[fx.Node, Turn]:
     """The heads before the rotary embedding that ends in `node`, and what that is."""
     if node.target is not rotate_tokens or len(node.users) != 1:
         return node, ()
-    x, *turn = arguments(node)
+    x, *turn = _arguments(node)
     return x, tuple(turn)
 
 
@@ -112,27 +115,27 @@ def _branch(node: fx.Node, valid: fx.Node, reset: fx.Node) -> tuple[fx.Node, fx.
     """What `to_heads(x)` is made of, x = to_tokens(heads, valid) or x + conv(x) of that."""
     if node.target is not to_heads or len(node.users) != 1:
         return None
-    tokens, weight = arguments(node)[0], None
+    tokens, weight = _arguments(node)[0], None
     if tokens.target is operator.add:
-        plain, mixed = arguments(tokens)
-        conv = arguments(mixed)[0]
+        plain, mixed = _arguments(tokens)
+        conv = _arguments(mixed)[0]
         if not _is(mixed, operator.getitem, conv, 0) or conv.target is not CAUSAL_CONV or not _only_read(conv):
             return None
         if (
-            arguments(conv)[0] is not plain
-            or arguments(conv)[3] is not reset
-            or not _follows(arguments(conv)[4], valid)
+            _arguments(conv)[0] is not plain
+            or _arguments(conv)[3] is not reset
+            or not _follows(_arguments(conv)[4], valid)
         ):
             return None
         if any(len(n.users) != 1 for n in (tokens, mixed)) or set(plain.users) != {tokens, conv}:
             return None
-        tokens, weight = plain, arguments(conv)[1]
-    return (arguments(tokens)[0], weight) if tokens.target is to_tokens and arguments(tokens)[1] is valid else None
+        tokens, weight = plain, _arguments(conv)[1]
+    return (_arguments(tokens)[0], weight) if tokens.target is to_tokens and _arguments(tokens)[1] is valid else None
 
 
 def _follows(previous: Any, valid: fx.Node) -> bool:
     """Whether padding is left out by the same flags."""
-    return previous is None or (previous.target is previous_tokens and arguments(previous)[0] is valid)
+    return previous is None or (previous.target is previous_tokens and _arguments(previous)[0] is valid)
 
 
 def _is(node: Any, target: Any, *args: Any) -> bool:
@@ -141,7 +144,7 @@ def _is(node: Any, target: Any, *args: Any) -> bool:
 
 def _only_read(node: fx.Node) -> bool:
     """Whether of (result, state) the result is taken once, and the state is taken to be written and for nothing else."""
-    parts = [arguments(user)[1] for user in node.users if user.target is operator.getitem]
-    states = [user for user in node.users if user.target is operator.getitem and arguments(user)[1] == 1]
+    parts = [_arguments(user)[1] for user in node.users if user.target is operator.getitem]
+    states = [user for user in node.users if user.target is operator.getitem and _arguments(user)[1] == 1]
     written = all(reader.target is write_state for state in states for reader in state.users)
     return sorted(parts) == [0, 1] and len(node.users) == 2 and written
