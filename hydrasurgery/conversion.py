@@ -10,6 +10,7 @@ from torch import nn
 
 from hydrasurgery.errors import PlanError, UnsupportedModelError
 from hydrasurgery.ir.stitch import region_modules, replace_module
+from hydrasurgery.norms import unfuse_norms
 from hydrasurgery.options import LayerOptions
 from hydrasurgery.plan import Plan
 from hydrasurgery.pretrained import mark, unmark
@@ -95,5 +96,6 @@ def restore(model: nn.Module) -> nn.Module:
     for name, module in modules.items():
         assert module.original is not None
         replace_module(model, name, module.original)
+    unfuse_norms(model)
     unmark(model)
     return model

@@ -11,6 +11,7 @@ from hydrasurgery.errors import PlanError, UnsupportedModelError
 from hydrasurgery.ir.capture import capture
 from hydrasurgery.ir.region import Region
 from hydrasurgery.ir.stitch import stitch
+from hydrasurgery.norms import fuse_norms
 from hydrasurgery.options import LayerOptions
 from hydrasurgery.passes import (
     CanonicalizeAttention,
@@ -65,6 +66,8 @@ def apply_plan(
     for region in regions:
         region.later = ()  # a checkpoint has the whole pipeline
     stitch(model, regions)
+    if any(region.linear_heads for region in regions):
+        fuse_norms(model)
     return regions
 
 

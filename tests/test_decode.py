@@ -16,6 +16,7 @@ from tests.test_families import half_plan, stir
 
 IDS = torch.arange(3, 27).view(2, 12)
 STEP, RECURRENCE = torch.ops.hydra.decode_step.default, torch.ops.hydra.linear_attention.default
+HEADS = torch.ops.hydra.step_heads.default
 
 
 class Count(TorchDispatchMode):
@@ -53,19 +54,20 @@ def by_token(hybrid: Any, mask: torch.Tensor, first: int) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
+KINDS = [("full", "linear", "linear", "full"), ("linear",) * 4]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"conv": "none"},
+    {"gate": False},
+    {"untie": True},
+    {"linear_rope": False, "full_rope": False},
+    {"log_length": True, "full_gate": True},
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kinds", [("full", "linear", "linear", "full"), ("linear",) * 4])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"conv": "none"},
-        {"gate": False},
-        {"untie": True},
-        {"linear_rope": False, "full_rope": False},
-        {"log_length": True, "full_gate": True},
-    ],
-)
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("first", [1, 4, 8])
 def test_decoding_in_one_step_says_the_same(kinds: tuple[str, ...], options: dict[str, Any], first: int) -> None:
     # In fp64 two right ways agree to 1e-12; in fp32 each is up to 1e-5 from the truth, more or less by processor.
@@ -85,6 +87,22 @@ def test_decoding_in_one_step_says_the_same(kinds: tuple[str, ...], options: dic
     with Count() as count:
         assert torch.allclose(by_token(plain, mask, first)[mask.bool()], found[mask.bool()], rtol=0, atol=1e-12)
     assert count.calls[STEP] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_gpus_run_says_the_same(kinds: tuple[str, ...], options: dict[str, Any]) -> None:
+    hybrid = hybrid_of(kinds, **options).double()
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    wanted = by_token(hybrid, mask, 4)
+    for module in hs.region_modules(hybrid).values():
+        vars(module)["_run_decode"] = module._run_step
+    with Count() as count:
+        found = by_token(hybrid, mask, 4)
+    assert torch.allclose(found[mask.bool()], wanted[mask.bool()], rtol=0, atol=1e-12)
+    assert (count.calls[STEP], count.calls[HEADS]) == (0, 2 * (IDS.shape[1] - 4))
 
 
 def test_training_runs_the_regions_own_graph() -> None:

@@ -1,4 +1,4 @@
-"""`hydra::decode_step`: one token through a layer's linear heads; inference only."""
+"""`hydra::decode_step` and `hydra::step_heads`: one token through a layer's linear heads; inference only."""
 
 from __future__ import annotations
 
@@ -192,3 +192,43 @@ def _(
 
 
 lower_under_autocast("decode_step", 0, 1, 2)
+
+
+@operator(
+    "step_heads",
+    "(Tensor hidden, Tensor q, Tensor k, Tensor v, Tensor? o_full, Tensor decay_weight, Tensor A_log, Tensor dt_bias, "
+    "Tensor beta_weight, Tensor beta_bias, Tensor? gate_weight, Tensor gamma, Tensor[] conv_weights, Tensor(a!) state, "
+    "Tensor(b!)[] conv_states, Tensor? valid=None, Tensor? reset=None, Tensor? cos=None, Tensor? sin=None, *, int[] q_heads, "
+    "int[] kv_heads, int[] slots, float? scale=None, float eps=1e-6, str turn='half') -> Tensor",
+)
+def _step_heads(
+    hidden, q, k, v, o_full, decay_weight, A_log, dt_bias, beta_weight, beta_bias, gate_weight, gamma, conv_weights, state,
+    conv_states, valid=None, reset=None, cos=None, sin=None, *, q_heads, kv_heads, slots, scale=None, eps=1e-6, turn="half",
+):  # fmt: skip
+    """`decode_step` of what a layer projects: hidden [B, C]; q [B, Hq, K], k and v [B, G, K or V] of all its heads, of which the
+    linear ones read those in `q_heads` and `kv_heads`; o_full [B, Hf, V]; weights of the gates [H, C].
+
+    Returns all heads [B, H + Hf, V], the linear ones in `slots`, the full ones in the others.
+    """
+    gates = (decay_weight, A_log, dt_bias, beta_weight, beta_bias, gate_weight, gamma)
+    inputs = (hidden, q, k, v, o_full, *gates)
+    refuse_tangents(*inputs, *conv_weights, state, *conv_states)
+    case = registry.decode_step_case(q, v, conv_weights[0].shape[1] if conv_weights else 0)
+    forward = registry.kernel("decode_step", case, q.device).forward_heads
+    places = {"q_heads": q_heads, "kv_heads": kv_heads, "slots": slots}
+    tensors = (*inputs, conv_weights, state, conv_states, valid, reset, cos, sin)
+    with full_precision(q):
+        return exact(forward(*tensors, **places, scale=scale, eps=eps, turn=turn))
+
+
+@_step_heads.register_fake
+def _(
+    hidden, q, k, v, o_full, decay_weight, A_log, dt_bias, beta_weight, beta_bias, gate_weight, gamma, conv_weights, state,
+    conv_states, valid=None, reset=None, cos=None, sin=None, *, q_heads, kv_heads, slots, scale=None, eps=1e-6, turn="half",
+):  # fmt: skip
+    others = 0 if o_full is None else o_full.shape[1]
+    dtype = v.dtype if o_full is None else torch.promote_types(v.dtype, o_full.dtype)
+    return v.new_empty(v.shape[0], len(slots) + others, v.shape[2], dtype=dtype)
+
+
+lower_under_autocast("step_heads", *range(5))

@@ -24,6 +24,7 @@ PREVIOUS_TOKENS = torch.ops.hydra.previous_tokens.default
 TOKEN_POSITIONS = torch.ops.hydra.token_positions.default
 DECODE_STEP = torch.ops.hydra.decode_step.default
 LINEAR_HEADS = torch.ops.hydra.linear_heads.default
+STEP_HEADS = torch.ops.hydra.step_heads.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 FULL, LINEAR = "full", "linear"
@@ -45,5 +46,6 @@ __all__ = [
     "RULES",
     "Rule",
     "SDPA",
+    "STEP_HEADS",
     "TOKEN_POSITIONS",
 ]

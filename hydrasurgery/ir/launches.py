@@ -14,18 +14,18 @@ from torch import fx, nn
 from hydrasurgery.dialect.heads import select_heads
 from hydrasurgery.dialect.tokens import token_flags
 from hydrasurgery.ir.linear_branch import LinearBranch, linear_branch
-from hydrasurgery.ir.state import STATE, TELLS, flags_of, previous_of, run_linear, step_linear
+from hydrasurgery.ir.state import STATE, TELLS, flags_of, previous_of, run_linear, step_heads, step_linear
 from hydrasurgery.kernels.rotary import rotate
 from hydrasurgery.layers import BetaGate, DecayGate, OutputGate, Projection
 
 
-def fewer_launches(module: nn.Module, graph: fx.Graph) -> fx.Graph:
+def fewer_launches(module: nn.Module, graph: fx.Graph, *, step: bool = False) -> fx.Graph:
     """A copy of a graph of `module` in which the linear heads are one operator, flags are made only of masks that there are, and
-    only heads that are read are rotated."""
+    only heads that are read are rotated. `step`: for one token that follows a state."""
     new = copy.deepcopy(graph)
     branch = linear_branch(module, new)
     if branch is not None:
-        _fuse(new, branch)
+        _fuse(new, branch, step)
     for node in new.find_nodes(op="call_function", target=rotate):
         _select_first(new, node)
     for node in new.find_nodes(op="call_function", target=token_flags):
@@ -54,7 +54,7 @@ def has_plain_gates(hydra: nn.Module) -> bool:
 GATES = (("decay", DecayGate, "a_proj"), ("beta", BetaGate, "b_proj"), ("output_gate", OutputGate, "g_proj"))
 
 
-def _fuse(graph: fx.Graph, branch: LinearBranch) -> None:
+def _fuse(graph: fx.Graph, branch: LinearBranch, step: bool) -> None:
     """One node, which reads the gates' parameters, for all of a branch."""
     decay, beta, gate = branch.gates
     state = next((n for n in graph.nodes if n.op == "placeholder" and n.target == STATE), None)
@@ -71,12 +71,31 @@ def _fuse(graph: fx.Graph, branch: LinearBranch) -> None:
                 (gate, "g_proj.weight"),
             )
         ]
-        inputs = (branch.hidden, *branch.heads, branch.full, *parameters, branch.gamma, *branch.weights)
         flags = graph.call_function(flags_of, read.args, read.kwargs)
         known = [graph.call_function(operator.getitem, (flags, place)) for place in range(2)]
-        known.append(graph.call_function(previous_of, (known[0], read.args[0])))
-        options = {"slots": branch.fusion.kwargs["linear_heads"], **branch.options}
-        branch.replace(graph.call_function(run_linear, (state, *inputs, *known, *branch.tables), options))
+        heads, options = branch.heads, {"slots": branch.fusion.kwargs["linear_heads"], **branch.options}
+        if step:
+            heads, places = _unselected(heads, len(options["slots"]))
+            options |= places
+        else:
+            known.append(graph.call_function(previous_of, (known[0], read.args[0])))
+        inputs = (branch.hidden, *heads, branch.full, *parameters, branch.gamma, *branch.weights)
+        target = step_heads if step else run_linear
+        branch.replace(graph.call_function(target, (state, *inputs, *known, *branch.tables), options))
+
+
+def _unselected(heads: tuple[fx.Node, ...], count: int) -> tuple[tuple[fx.Node, ...], dict[str, list[int]]]:
+    """q, k and v of all heads, and which of them the `count` linear ones read, where k and v are selected alike."""
+    found = [
+        (x, list(range(count)))
+        if x.target is not select_heads or x.args[2] not in (1, -3)
+        else (x.args[0], list(x.args[1]))
+        for x in heads
+    ]
+    (q, q_heads), (k, kv_heads), (v, v_heads) = found
+    if kv_heads != v_heads:
+        (_, k, v), kv_heads = heads, list(range(count))
+    return (q, k, v), {"q_heads": q_heads, "kv_heads": kv_heads}
 
 
 def _ask_mask_first(graph: fx.Graph, flags: fx.Node) -> None:

@@ -328,7 +328,10 @@ class RegionModule(nn.Module):
         self._hidden = roles.index(HIDDEN) if HIDDEN in roles else 0
         self._run = compiled(region.graph)
         self._run_fast = compiled(fewer_launches(self, region.graph))
-        self._run_decode = None if region.decode is None else compiled(fewer_launches(self, region.decode))
+        self._run_decode = self._run_step = None
+        if region.decode is not None:
+            self._run_decode = compiled(fewer_launches(self, region.decode))
+            self._run_step = compiled(fewer_launches(self, region.graph, step=True))
 
     def retake(self) -> None:
         """Compile what was unpickled, once both the region and the module are there."""
@@ -393,14 +396,13 @@ class RegionModule(nn.Module):
                     f"{self._get_name()}: {name} is a {type(value).__name__}, not a tensor; a hybrid reads complete masks: "
                     "call model.set_attn_implementation('sdpa')"
                 )
+        fast = values[self._hidden].is_cuda and not exporting() and has_plain_gates(self.hydra)
         if self._threaded:
             state = layer_state(bound.get(self._inputs.cache) if self._inputs.cache else None, self)
             values.append(state)
             if self._run_decode is not None and self._continues(state, values[self._hidden]):
-                return self._run_decode(self, *values)
-        if values[self._hidden].is_cuda and not exporting() and has_plain_gates(self.hydra):
-            return self._run_fast(self, *values)
-        return self._run(self, *values)
+                return (self._run_step if fast else self._run_decode)(self, *values)
+        return (self._run_fast if fast else self._run)(self, *values)
 
     @staticmethod
     def _continues(state: Any, hidden_states: Tensor) -> bool:
@@ -434,6 +436,7 @@ COMPILED = (
     "_run",
     "_run_fast",
     "_run_decode",
+    "_run_step",
     "_origins",
 )  # what is made anew in a copy
 

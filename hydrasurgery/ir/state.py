@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrasurgery.dialect.names import DECODE_STEP, LINEAR_HEADS
+from hydrasurgery.dialect.names import DECODE_STEP, LINEAR_HEADS, STEP_HEADS
 from hydrasurgery.dialect.tokens import previous_tokens, token_flags
 
 STATE = "state"  # the input that stands for the cache layer, once thread-state has made it
@@ -57,11 +57,7 @@ def step_linear(
     [H * K or V, W] or None; A_log, dt_bias [H]; valid, reset [B, 1] or None; cos, sin [B or 1, 1, 1, R] or None -> [B, 1, H, V].
     """
     weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
-    names = ("q_conv", "k_conv", "v_conv")[: len(weights)]
-    for name in (*names, "recurrent"):
-        held = state.read(name)
-        if not held.is_contiguous():
-            state.write(name, held.contiguous())
+    recurrent, pasts = _in_place(state, len(weights))
     o = DECODE_STEP(  # not by its checked form: the passes know what they hand over
         q[:, :, 0],
         k[:, :, 0],
@@ -73,8 +69,8 @@ def step_linear(
         A_log,
         dt_bias,
         weights,
-        state.states["recurrent"],
-        [state.states[name] for name in names],
+        recurrent,
+        pasts,
         None if valid is None else valid[:, 0],
         None if reset is None else reset[:, 0],
         None if cos is None else cos[:, 0, 0],
@@ -84,6 +80,63 @@ def step_linear(
         turn=turn,
     )
     return o[:, None]
+
+
+def step_heads(
+    state: Any,
+    hidden_states: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    full: Tensor | None,
+    decay_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    beta_weight: Tensor,
+    beta_bias: Tensor,
+    gate_weight: Tensor | None,
+    gamma: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    valid: Tensor | None,
+    reset: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    q_heads: list[int],
+    kv_heads: list[int],
+    slots: list[int],
+    scale: float | None = None,
+    eps: float = 1e-6,
+    turn: str = "half",
+) -> Tensor:
+    """One token through a layer's heads by `hydra::step_heads`, the states in `state` brought up to date in place.
+
+    q [B, Hq, 1, K], k and v [B, G, 1, K or V]: of all heads; full [B, 1, Hf, V]; the rest as `run_linear` -> [B, 1, H + Hf, V].
+    """
+    weights = [weight for weight in (q_weight, k_weight, v_weight) if weight is not None]
+    recurrent, pasts = _in_place(state, len(weights))
+    own = (hidden_states[:, 0], q[:, :, 0], k[:, :, 0], v[:, :, 0], None if full is None else full[:, 0])
+    gates = (decay_weight, A_log, dt_bias, beta_weight, beta_bias, gate_weight, gamma)
+    known = (valid, reset) if valid is None or reset is None else (valid[:, 0], reset[:, 0])
+    turned = (cos, sin) if cos is None or sin is None else (cos[:, 0, 0], sin[:, 0, 0])
+    out = STEP_HEADS(
+        *own, *gates, weights, recurrent, pasts, *known, *turned,
+        q_heads=q_heads, kv_heads=kv_heads, slots=slots, scale=scale, eps=eps, turn=turn,
+    )  # fmt: skip
+    return out[:, None]
+
+
+def _in_place(state: Any, convs: int) -> tuple[Tensor, list[Tensor]]:
+    """The recurrent state, and those of the convolutions, as a kernel writes into them."""
+    names = ("recurrent", *("q_conv", "k_conv", "v_conv")[:convs])
+    for name in names:
+        held = state.read(name)
+        if not held.is_contiguous():
+            state.write(name, held.contiguous())
+    recurrent, *pasts = (state.states[name] for name in names)
+    return recurrent, pasts
 
 
 def run_linear(
@@ -160,6 +213,7 @@ TELLS = (
     extend_kv,
     count_tokens,
     run_linear,
+    step_heads,
     step_linear,
     write_state,
 )  # they change the cache layer: a graph keeps them, read or not

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hydrasurgery.kernels.attention.reach import is_reach
 from hydrasurgery.kernels.cards import processors
+from hydrasurgery.kernels.launching import launch
 
 KEYS = 64  # a block's
 
@@ -138,7 +139,8 @@ def forward(
     tops, sums = q.new_empty(2, batch, heads, parts, dtype=torch.float32).unbind()
     out = q.new_empty(batch, 1, heads, values)
     block_v = max(16, triton.next_power_of_2(values))
-    _part_kernel[(parts, groups, batch)](
+    launch(
+        _part_kernel, (parts, groups, batch),
         q, k, v, seen, outs, tops, sums, keys, share,
         0 if mask is not None or window is None else keys - window,
         dim**-0.5 if scale is None else scale, 1.0 if softcap is None else softcap,
@@ -147,7 +149,8 @@ def forward(
         ROWS=max(16, triton.next_power_of_2(heads // groups)), BLOCK=max(16, triton.next_power_of_2(dim)),
         BLOCK_V=block_v, KEYS=KEYS, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
-    _join_kernel[(heads, batch)](
+    launch(
+        _join_kernel, (heads, batch, 1),
         outs, tops, sums, q if sinks is None else sinks.contiguous(), out, parts,
         VALUES=values, SINKS=sinks is not None, PARTS=max(16, min(128, 16384 // block_v)), BLOCK_V=block_v, num_warps=4,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from hydrasurgery.kernels.attention.reach import OPEN, parts
 from hydrasurgery.kernels.attention.triton_blocks_gradients import _backward_keys, _backward_queries, _delta
 from hydrasurgery.kernels.attention.triton_scores import _LOG2E, LOG2E, _scores, _span, _tile
 from hydrasurgery.kernels.cards import processors
+from hydrasurgery.kernels.launching import launch
 
 
 class Tiles(NamedTuple):
@@ -188,19 +189,22 @@ def backward(
     if not (q.numel() and k.numel()):
         return torch.zeros_like(q), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
     block_v = max(16, triton.next_power_of_2(values))
-    _delta[(triton.cdiv(queries, 64), heads, batch)](
-        grad, out, delta, queries, HEADS=heads, VALUES=values, BLOCK_V=block_v, ROWS=64, num_warps=4
-    )
+    launch(
+        _delta, (triton.cdiv(queries, 64), heads, batch), grad, out, delta, queries,
+        HEADS=heads, VALUES=values, BLOCK_V=block_v, ROWS=64, num_warps=4,
+    )  # fmt: skip
     tiles = _tiles(q, max(dim, values), backward=True)
     numbers, options = _numbers(q, k, v, mask, scale, causal, window, softcap, tiles)
     reach, most, _, _, least = _structure(q, mask, tiles)
-    _backward_keys[(triton.cdiv(keys, tiles.keys), groups, batch)](
-        grad, q, k, v, reach, most, least, lse, delta, dk, dv, *numbers, triton.cdiv(keys, tiles.keys), **options
-    )
+    launch(
+        _backward_keys, (triton.cdiv(keys, tiles.keys), groups, batch),
+        grad, q, k, v, reach, most, least, lse, delta, dk, dv, *numbers, triton.cdiv(keys, tiles.keys), **options,
+    )  # fmt: skip
     other = Tiles(tiles.keys, tiles.queries, tiles.warps, tiles.stages)
     numbers, options = _numbers(q, k, v, mask, scale, causal, window, softcap, other)
     reach, most, low, open_from, _ = _structure(q, mask, other)
-    _backward_queries[(triton.cdiv(queries, other.queries), heads, batch)](
+    launch(
+        _backward_queries, (triton.cdiv(queries, other.queries), heads, batch),
         grad, q, k, v, reach, most, low, open_from, lse, delta, dq, *numbers, triton.cdiv(keys, other.keys),
         triton.cdiv(queries, other.queries), **options,
     )  # fmt: skip
@@ -239,7 +243,8 @@ def _run(
     ys, sums = out, lse
     if count > 1:
         ys, sums = (x.new_empty(count, *x.shape, dtype=torch.float32) for x in (out, lse))
-    _forward[(rows * count, heads, batch)](
+    launch(
+        _forward, (rows * count, heads, batch),
         q, k, v, reach, most, low, open_from, q if sinks is None else sinks.contiguous(), ys, sums, *numbers[:2], share,
         *numbers[2:], blocks, rows, SINKS=sinks is not None, **options,
     )  # fmt: skip

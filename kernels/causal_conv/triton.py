@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydrasurgery.kernels.cards import processors
+from hydrasurgery.kernels.launching import launch
 
 CHANNELS = 128  # of a tile, both ways
 TOKENS, WARPS = 16, 4
@@ -169,7 +170,8 @@ def forward(
         return y, tail
     links = x if previous is None else previous.to(torch.int32).contiguous()
     grid = (triton.cdiv(channels, CHANNELS), max(1, triton.cdiv(length, TOKENS)), batch)
-    _forward_kernel[grid](
+    launch(
+        _forward_kernel, grid,
         x, weight, *_optional(x, state, reset), links, y, tail, length, channels, WIDTH=width, STATE=state is not None,
         RESET=reset is not None, LINKS=previous is not None, TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=WARPS,
     )  # fmt: skip
@@ -196,7 +198,8 @@ def backward(
     shares = torch.empty(batch, parts, channels, width, dtype=torch.float32, device=x.device)
     links = x if previous is None else _following(previous)
     if shares.numel():
-        _backward_kernel[(columns, parts, batch)](
+        launch(
+            _backward_kernel, (columns, parts, batch),
             grad, grad_state, x, weight, *_optional(x, state, reset), links, dx, shares, x if dstate is None else dstate,
             length, channels, tiles, WIDTH=width, TAPS=triton.next_power_of_2(width), STATE=state is not None,
             RESET=reset is not None, LINKS=previous is not None, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS,

@@ -66,6 +66,54 @@ def forward(
     return o.to(v.dtype)
 
 
+def forward_heads(
+    hidden: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    full: Tensor | None,
+    decay_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    beta_weight: Tensor,
+    beta_bias: Tensor,
+    gate_weight: Tensor | None,
+    gamma: Tensor,
+    conv_weights: Sequence[Tensor],
+    state: Tensor,
+    conv_states: Sequence[Tensor],
+    valid: Tensor | None = None,
+    reset: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    q_heads: Sequence[int],
+    kv_heads: Sequence[int],
+    slots: Sequence[int],
+    scale: float | None,
+    eps: float,
+    turn: str = "half",
+) -> Tensor:
+    """All heads' outputs [B, H + Hf, V], from what a layer projects: `forward` with the gates' projections before it, and the full
+    heads' outputs [B, Hf, V] beside the linear ones'. As in `hydra::step_heads`."""
+    wide = torch.promote_types(hidden.dtype, decay_weight.dtype)
+    decay, beta, gate = (
+        None if weight is None else F.linear(hidden.to(wide), weight.to(wide))
+        for weight in (decay_weight, beta_weight, gate_weight)
+    )
+    assert decay is not None and beta is not None
+    tensors = (gamma, A_log, dt_bias, conv_weights, state, conv_states, valid, reset, cos, sin)
+    own = (q[:, list(q_heads)], k[:, list(kv_heads)], v[:, list(kv_heads)])
+    o = forward(*own, decay, beta + beta_bias.to(wide), gate, *tensors, scale=scale, eps=eps, turn=turn)
+    others = 0 if full is None else full.shape[1]
+    dtype = o.dtype if full is None else torch.promote_types(o.dtype, full.dtype)
+    out = o.new_empty(len(o), len(slots) + others, o.shape[2], dtype=dtype)
+    out[:, list(slots)] = o.to(dtype)
+    if full is not None:
+        out[:, [slot for slot in range(out.shape[1]) if slot not in slots]] = full.to(dtype)
+    return out
+
+
 def _residual_conv(x: Tensor, weight: Tensor, past: Tensor, valid: Tensor | None) -> Tensor:
     """x + conv(x) of one token [B, H, D]; `past` [B, H*D, W-1] moves on by it, if it is no padding."""
     seen = torch.cat([past.to(x.dtype), x.flatten(1)[..., None]], dim=-1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hydrasurgery.kernels.decode_step.triton import _log1p
 from hydrasurgery.kernels.head_gates.reference import FORGET
+from hydrasurgery.kernels.launching import launch
 
 TILE = 512  # numbers of a gate, of one program
 SUMS = 3  # A_log, dt_bias and beta_bias
@@ -114,7 +115,8 @@ def forward(
     gate = raw.new_empty(batch, length, len(A_log), 1) if gated else None
     if decay.numel():
         grid, options = _launch(raw, A_log, valid, gated)
-        _forward_kernel[grid](
+        launch(
+            _forward_kernel, grid,
             raw, A_log, dt_bias, beta_bias, *_flags(raw, valid, reset), decay, beta, raw if gate is None else gate,
             batch * length, **options,
         )  # fmt: skip
@@ -138,7 +140,8 @@ def backward(
     grid, options = _launch(raw, A_log, valid, grad_gate is not None)
     sums = raw.new_empty(grid[0], SUMS, len(A_log), dtype=torch.float32)
     if sums.numel():
-        _backward_kernel[grid](
+        launch(
+            _backward_kernel, grid,
             grad_decay, grad_beta, raw if grad_gate is None else grad_gate.contiguous(), raw, A_log, dt_bias, beta_bias,
             *_flags(raw, valid, reset), draw, sums, raw.shape[0] * raw.shape[1], **options,
         )  # fmt: skip
@@ -150,7 +153,9 @@ def _flags(raw: Tensor, valid: Tensor | None, reset: Tensor | None) -> list[Tens
     return [raw if x is None else x.contiguous().view(torch.uint8) for x in (valid, reset)]
 
 
-def _launch(raw: Tensor, A_log: Tensor, valid: Tensor | None, gated: bool) -> tuple[tuple[int], dict[str, Any]]:
+def _launch(
+    raw: Tensor, A_log: Tensor, valid: Tensor | None, gated: bool
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid, and constants."""
     block = triton.next_power_of_2(len(A_log))
     rows = max(1, TILE // block)
@@ -158,4 +163,4 @@ def _launch(raw: Tensor, A_log: Tensor, valid: Tensor | None, gated: bool) -> tu
         "N": raw.shape[2], "HEADS": len(A_log), "FLAGS": valid is not None, "GATED": gated, "ROWS": rows, "BLOCK": block,
         "num_warps": 4,
     }  # fmt: skip
-    return (triton.cdiv(raw.shape[0] * raw.shape[1], rows),), options
+    return (triton.cdiv(raw.shape[0] * raw.shape[1], rows), 1, 1), options

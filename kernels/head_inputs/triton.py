@@ -17,6 +17,7 @@ from torch import Tensor
 from hydrasurgery.kernels.cards import processors
 from hydrasurgery.kernels.causal_conv.triton import _after, _before, _following, _starts
 from hydrasurgery.kernels.head_inputs.reference import L2_EPS, States
+from hydrasurgery.kernels.launching import launch
 
 TILE = 2048  # numbers of a half, of one program
 WARPS = 4
@@ -349,7 +350,8 @@ def forward(
             flags, options = _flags(group, reset, previous, cos, sin, turn)
             tokens, block = _tile(dim // 2)
             grid = (max(1, triton.cdiv(length, tokens)), len(group.heads) * count, batch)
-            _forward_kernel[grid](
+            launch(
+                _forward_kernel, grid,
                 *group.tensors, *flags[:-1], y, tail, *group.strides, flags[-1], length, L2_EPS,
                 **group.constants(tokens, block), **options,
             )  # fmt: skip
@@ -383,7 +385,8 @@ def backward(
             flags, options = _flags(group, reset, previous, cos, sin, turn)
             tokens, block = _tile(dim // 2)
             grid = (triton.cdiv(length, tokens), len(group.heads) * count, batch)
-            _mixed_gradient[grid](
+            launch(
+                _mixed_gradient, grid,
                 *group.three(own), *group.tensors, *flags[:-1], mixed, *group.strides, flags[-1], length, L2_EPS,
                 **group.constants(tokens, block), **options,
             )  # fmt: skip
@@ -413,7 +416,8 @@ def _input_gradients(
     if shares.numel():
         links = mixed if previous is None else _following(previous)
         flags = mixed if reset is None else reset.contiguous().view(torch.uint8)
-        _input_gradient[(shares.shape[1], parts * count, batch)](
+        launch(
+            _input_gradient, (shares.shape[1], parts * count, batch),
             mixed, mixed if grad_tail is None else grad_tail, *group.tensors, flags, links, *group.three(dx), shares,
             *group.three([mixed if d is None else d for d in past]), *group.strides, length, loops,
             **group.constants(tokens, block), TAPS=triton.next_power_of_2(width), TAIL=grad_tail is not None,

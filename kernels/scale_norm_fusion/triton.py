@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hydrasurgery.kernels.launching import launch
+
 ELEMENTS = 4096  # a program's share of the output
 WORDS = ("low", "high")  # a word that is 1 must not become a constant of the kernel, as Triton would make it
 
@@ -145,7 +147,7 @@ def forward(
     out = gamma.new_empty(batch, length, options["HEADS"], dim, dtype=dtype)
     if out.numel():
         words = _words(linear_heads)
-        _forward_kernel[grid,](*_pointers(inputs), out, batch * length, *words, eps, **options)
+        launch(_forward_kernel, (grid, 1, 1), *_pointers(inputs), out, batch * length, *words, eps, **options)
     return out
 
 
@@ -168,7 +170,7 @@ def backward(
     if grad.numel():
         results = _pointers((dfull, dlinear, dgamma, dgate))
         tokens, words = grad.shape[0] * grad.shape[1], _words(linear_heads)
-        _backward_kernel[grid,](grad, *_pointers(inputs), *results, tokens, *words, eps, **options)
+        launch(_backward_kernel, (grid, 1, 1), grad, *_pointers(inputs), *results, tokens, *words, eps, **options)
     return dfull, dlinear, dgamma.sum(1).to(gamma.dtype), dgate
 
 
