@@ -32,7 +32,8 @@ class FusedRMSNorm(nn.Module):
         return fused(hidden_states, weight, self.variance_epsilon)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        maker, (_, *rest), *state = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        maker, (_, *rest), *state = reduced
         return (_made, (maker, self.base, *rest), *state)
 
 
@@ -45,8 +46,9 @@ def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def fuse_norms(model: nn.Module) -> None:
     """Let all norms of a model that are written as Llama's run as one kernel, in place; hooks, names and weights stay."""
     for module in model.modules():
-        if _is_written_as_llamas(type(module)):
-            module.__class__ = _class(type(module))
+        kind: Any = type(module)
+        if _is_written_as_llamas(kind):
+            module.__class__ = _class(kind)
 
 
 def unfuse_norms(model: nn.Module) -> None:

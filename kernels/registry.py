@@ -222,6 +222,13 @@ def _table() -> dict[str, tuple[Implementation, ...]]:
             ),
             Implementation("reference", _here("decode_step", "reference"), (DECODE,)),
         ),
+        "rotate": (
+            Implementation(
+                "triton", _here("rotate", "triton"), (DECODE,), FLOAT, {"D": range(1, 513), "H": range(1, 129)},
+                capability=ampere, package=TRITON,
+            ),
+            Implementation("reference", _here("rotate", "reference"), (DECODE,)),
+        ),
     }  # fmt: skip
 
 
@@ -424,3 +431,8 @@ def scale_norm_fusion_case(mode: str, o_full: Tensor | None, o_linear: Tensor | 
 def decode_step_case(q: Tensor, v: Tensor, width: int) -> Case:
     """The case of a `hydra::decode_step`; `width` is the convolutions', 0 without."""
     return _case(DECODE, (q, v), {"K": q.shape[-1], "V": v.shape[-1], "W": width}, {})
+
+
+def rotate_case(x: Tensor) -> Case:
+    """The case of a `hydra::rotate`."""
+    return _case(DECODE, (x,), {"D": x.shape[3], "H": x.shape[1]}, {})

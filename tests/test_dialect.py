@@ -42,12 +42,12 @@ def test_kernels_know_no_operator_and_no_file_is_in_a_circle() -> None:
 
 def test_names_are_those_of_registered_operators() -> None:
     targets = [value for value in vars(names).values() if isinstance(value, torch._ops.OpOverload)]
-    assert len(targets) == 10
+    assert len(targets) == 11
     assert {str(x) for x in targets if x.namespace == "hydra"} == {
         f"hydra.{name}.default"
         for name in (
             "attention linear_attention causal_conv scale_norm_fusion token_positions previous_tokens decode_step linear_heads "
-            "step_heads"
+            "step_heads rotate"
         ).split()
     }
     assert set(names.DECAY_RULES) | set(names.DELTA_RULES) < set(names.RULES)

@@ -1,4 +1,4 @@
-"""`hydra::step_heads`: what it stands for, its Triton kernel in the interpreter, and what it promises."""
+"""`hydra::step_heads` and `hydra::rotate`: what they stand for, their Triton kernels in the interpreter, and what they promise."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hydrasurgery.dialect.names import DECODE_STEP, ROTATE, STEP_HEADS
 from hydrasurgery.kernels.decode_step import reference
-from hydrasurgery.kernels.rotary import TURNS
+from hydrasurgery.kernels.rotary import TURNS, rotate
 
 interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 B, H, C, K = 2, 4, 21, 6
@@ -60,8 +61,8 @@ def test_it_is_a_step_of_selected_heads_with_projected_gates(given):
     own = (q[:, q_heads], k[:, kv_heads], v[:, kv_heads])
     raw = (hidden @ decay.mT, hidden @ beta.mT + bias, None if gate is None else hidden @ gate.mT)
     more = {name: options[name] for name in ("scale", "eps", "turn")}
-    o = torch.ops.hydra.decode_step(*own, *raw, gamma, A_log, dt_bias, convs, state, pasts, *rest, **more)
-    found = torch.ops.hydra.step_heads(*inputs, **options)
+    o = DECODE_STEP(*own, *raw, gamma, A_log, dt_bias, convs, state, pasts, *rest, **more)
+    found = STEP_HEADS(*inputs, **options)
     assert torch.allclose(found[:, slots], o, rtol=1e-12, atol=1e-12)
     others = [slot for slot in range(found.shape[1]) if slot not in slots]
     assert full is None or torch.equal(found[:, others], full)
@@ -85,12 +86,32 @@ def test_the_kernel_computes_it(given):
 def test_its_promises_hold(given):
     inputs, options = case(**given)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.hydra.step_heads.default, tuple(inputs), options, test_utils=tests)
+    torch.library.opcheck(STEP_HEADS, tuple(inputs), options, test_utils=tests)
 
 
 def test_a_full_head_of_another_dtype_is_not_rounded():
     inputs, options = case(full=2)
     inputs = copied(inputs, torch.bfloat16)
     inputs[4], inputs[13] = inputs[4].float() + 1e-4, inputs[13].float()
-    found = torch.ops.hydra.step_heads(*inputs, **options)
+    found = STEP_HEADS(*inputs, **options)
     assert found.dtype == torch.float32 and torch.equal(found[:, [1, 3]], inputs[4])
+
+
+@pytest.mark.parametrize("rows", [1, B])
+@pytest.mark.parametrize("turned", [4, 6])
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("kernel", ["operator", pytest.param("triton", marks=interpreter)])
+def test_heads_are_rotated(kernel, turn, turned, rows):
+    torch.manual_seed(0)
+    angles = torch.randn(rows, 1, 3, turned, dtype=torch.float64)
+    x, cos, sin = torch.randn(B, 3, H, K, dtype=torch.float64).transpose(1, 2), angles.cos(), angles.sin()
+    wanted = rotate(x, cos, sin, turn)
+    if kernel == "triton":
+        from hydrasurgery.kernels.rotate import triton
+
+        assert torch.allclose(
+            triton.forward(x.float(), cos.float(), sin.float(), turn=turn).double(), wanted, atol=1e-5
+        )
+    else:
+        assert torch.equal(ROTATE(x, cos, sin, turn), wanted)
+        torch.library.opcheck(ROTATE, (x, cos, sin, turn), test_utils=("test_schema", "test_faketensor"))

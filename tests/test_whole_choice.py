@@ -15,7 +15,7 @@ from hydrasurgery.kernels.registry import Case, Machine, choose
 from tests.families import FAMILIES, tiny
 
 MACHINES = [Machine("cuda", capability, frozenset({("triton", "3.6.0")})) for capability in ((9, 0), (8, 6))]
-HEADS = ("attention", "linear_attention", "causal_conv", "head_inputs", "head_gates", "decode_step")
+HEADS = ("attention", "linear_attention", "causal_conv", "head_inputs", "head_gates", "decode_step", "rotate")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def hybrid_of(family: str) -> torch.nn.Module:
     teacher = tiny(family)
     hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="1:1", strategy="fixed"))
     for module in hs.region_modules(hybrid).values():
-        vars(module)["_run"] = module._run_fast
+        vars(module).update(_run=module._run_fast, _run_decode=module._run_step)
     return hybrid
 
 

@@ -122,8 +122,12 @@ def _rows(place: Row, found: Iterable[Row]) -> Iterator[Row]:
         for row in found:
             yield {**place, **row}
     except (torch.OutOfMemoryError, RuntimeError, HydraError) as error:  # a result: this model cannot do it
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        yield {**place, "why": lines[0][:160]}
+        yield {**place, "why": _first_line(error)}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
 
 
 def _teacher(request: Request, device: torch.device) -> Any:
@@ -251,9 +255,15 @@ def _train(model: Any, teacher: Any, size: int, request: Request) -> Iterator[Ro
             optimizer.zero_grad(set_to_none=True)
 
         start = time.perf_counter()
-        step()
-        _wait(ids.device)
-        yield {"how": how, "first_call_s": time.perf_counter() - start, **_timed(model, step, ids.numel(), repeats=6)}
+        try:
+            step()
+            _wait(ids.device)
+            first = time.perf_counter() - start
+            yield {"how": how, "first_call_s": first, **_timed(model, step, ids.numel(), repeats=6)}
+        except torch.OutOfMemoryError as error:  # compiled steps may fit where eager ones do not
+            yield {"how": how, "why": _first_line(error)}
+        optimizer.zero_grad(set_to_none=True)
+        _free(ids.device)
     torch.compiler.reset()
 
 

@@ -11,6 +11,7 @@ from hydrasurgery.dialect import (  # noqa: F401
     decode_step,
     linear_attention,
     linear_heads,
+    rotate,
     scale_norm_fusion,
     tokens,
 )
@@ -25,6 +26,7 @@ TOKEN_POSITIONS = torch.ops.hydra.token_positions.default
 DECODE_STEP = torch.ops.hydra.decode_step.default
 LINEAR_HEADS = torch.ops.hydra.linear_heads.default
 STEP_HEADS = torch.ops.hydra.step_heads.default
+ROTATE = torch.ops.hydra.rotate.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 FULL, LINEAR = "full", "linear"
@@ -43,6 +45,7 @@ __all__ = [
     "LINEAR_ATTENTION",
     "LINEAR_HEADS",
     "PREVIOUS_TOKENS",
+    "ROTATE",
     "RULES",
     "Rule",
     "SDPA",

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
 from hydrasurgery.dialect.heads import select_heads
+from hydrasurgery.dialect.names import ROTATE
 from hydrasurgery.dialect.tokens import token_flags
 from hydrasurgery.ir.linear_branch import LinearBranch, linear_branch
 from hydrasurgery.ir.state import STATE, TELLS, flags_of, previous_of, run_linear, step_heads, step_linear
@@ -28,6 +29,9 @@ def fewer_launches(module: nn.Module, graph: fx.Graph, *, step: bool = False) ->
         _fuse(new, branch, step)
     for node in new.find_nodes(op="call_function", target=rotate):
         _select_first(new, node)
+    if step:
+        for node in new.find_nodes(op="call_function", target=rotate):
+            node.target = ROTATE
     for node in new.find_nodes(op="call_function", target=token_flags):
         _ask_mask_first(new, node)
     new.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in TELLS)
@@ -84,18 +88,21 @@ def _fuse(graph: fx.Graph, branch: LinearBranch, step: bool) -> None:
         branch.replace(graph.call_function(target, (state, *inputs, *known, *branch.tables), options))
 
 
-def _unselected(heads: tuple[fx.Node, ...], count: int) -> tuple[tuple[fx.Node, ...], dict[str, list[int]]]:
+def _unselected(heads: tuple[fx.Node, ...], count: int) -> tuple[tuple[Any, ...], dict[str, list[int]]]:
     """q, k and v of all heads, and which of them the `count` linear ones read, where k and v are selected alike."""
-    found = [
-        (x, list(range(count)))
-        if x.target is not select_heads or x.args[2] not in (1, -3)
-        else (x.args[0], list(x.args[1]))
-        for x in heads
-    ]
-    (q, q_heads), (k, kv_heads), (v, v_heads) = found
+    own = list(range(count))
+    (q, q_heads), (k, kv_heads), (v, v_heads) = (_selection(x) or (x, own) for x in heads)
     if kv_heads != v_heads:
-        (_, k, v), kv_heads = heads, list(range(count))
+        (_, k, v), kv_heads = heads, own
     return (q, k, v), {"q_heads": q_heads, "kv_heads": kv_heads}
+
+
+def _selection(node: fx.Node) -> tuple[Any, list[int]] | None:
+    """What heads are selected from, and their numbers; None if `node` selects none."""
+    if node.target is not select_heads:
+        return None
+    x, heads, dim = cast(Any, node.args)
+    return (x, list(heads)) if dim in (1, -3) else None
 
 
 def _ask_mask_first(graph: fx.Graph, flags: fx.Node) -> None:

@@ -400,8 +400,9 @@ class RegionModule(nn.Module):
         if self._threaded:
             state = layer_state(bound.get(self._inputs.cache) if self._inputs.cache else None, self)
             values.append(state)
-            if self._run_decode is not None and self._continues(state, values[self._hidden]):
-                return (self._run_step if fast else self._run_decode)(self, *values)
+            step = self._run_step if fast else self._run_decode
+            if step is not None and self._continues(state, values[self._hidden]):
+                return step(self, *values)
         return (self._run_fast if fast else self._run)(self, *values)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def forward_heads(
         for weight in (decay_weight, beta_weight, gate_weight)
     )
     assert decay is not None and beta is not None
-    tensors = (gamma, A_log, dt_bias, conv_weights, state, conv_states, valid, reset, cos, sin)
+    tensors: Any = (gamma, A_log, dt_bias, conv_weights, state, conv_states, valid, reset, cos, sin)
     own = (q[:, list(q_heads)], k[:, list(kv_heads)], v[:, list(kv_heads)])
     o = forward(*own, decay, beta + beta_bias.to(wide), gate, *tensors, scale=scale, eps=eps, turn=turn)
     others = 0 if full is None else full.shape[1]

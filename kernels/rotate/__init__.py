@@ -1,0 +1,1 @@
+"""Kernels of the rotary embedding of the full heads of one token."""
