@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(RUN) -m hydrasurgery.cli demo $(ARGS)
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Broken files, kills and full disks, the slow ones too: for every night rather than every change.
 test-hostile: $(VENV)/installed

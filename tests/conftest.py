@@ -6,6 +6,7 @@ Both are settled before torch and triton are first imported.
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 WORKERS = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
 if WORKERS is not None:  # in the process that starts the workers it is not set: what is set there they would inherit
@@ -27,6 +28,10 @@ def shared_exports() -> Iterator[None]:
     from hydrasurgery.ir import capture
     from tests.shared_exports import SharedExports
 
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        from tests.interpreter import hasten
+
+        hasten()
     shared = SharedExports()
     capture._export = shared
     yield

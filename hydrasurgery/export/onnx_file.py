@@ -209,7 +209,9 @@ def _quick() -> Iterator[None]:
     """Inside the block onnxscript looks for slices that are a split where there is a slice, and not at every node.
 
     Each look lists all nodes of the graph, so that the time of an export would grow with the square of the number of layers.
+    And torch remembers no fake tensors: that takes time, and hardly any of them comes back.
     """
+    import torch._dynamo
     from onnxscript.rewriter.rules.common import slice_split_rule as rule
 
     look = type(rule).try_rewrite
@@ -219,7 +221,8 @@ def _quick() -> Iterator[None]:
 
     setattr(rule, "try_rewrite", look_at_slices)  # noqa: B010  (mypy takes a method for no attribute)
     try:
-        yield
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            yield
     finally:
         vars(rule).pop("try_rewrite", None)  # which hid the class's; the export of another thread may have ended before
 
