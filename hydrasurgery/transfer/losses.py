@@ -14,7 +14,8 @@ from hydrasurgery.decoders import evaluating, standing_still
 from hydrasurgery.transfer.data import Batch
 from hydrasurgery.transfer.rows import IGNORED, MASK
 
-_CHUNK_ELEMENTS = 1 << 26  # of one fp32 [tokens, vocabulary] matrix: 256 MiB
+_CHUNK_ELEMENTS = 1 << 27  # of one fp32 [tokens, vocabulary] matrix, at most: 512 MiB
+_ROWS = 128  # of a matrix, which matrix units want a multiple of
 
 
 class SplitModel:
@@ -195,7 +196,7 @@ def language_loss(
         batch: tokens, mask and labels; best on the CPU, where finding the tokens that count waits for no device.
         ce_weight: the cross entropy's weight.
         totals: (tokens of the KL, tokens of the cross entropy) to divide by, when `batch` is a piece of a step.
-        chunk: tokens with logits at a time; None takes as many as fill 256 MiB.
+        chunk: tokens with logits at a time; None takes as many as fill 512 MiB.
         sums: what is run on a chunk's logits: `token_sums`, or that compiled.
 
     Returns:
@@ -217,7 +218,7 @@ def language_loss(
     targets = beside(next_labels(batch).flatten(), hidden.device)
     kl = ce = hidden.new_zeros((), dtype=torch.float32)
     for rows, diverges in _groups(batch, teacher):
-        for some in _chunks(rows, len(targets), chunk or max(1, _CHUNK_ELEMENTS // width), hidden.device):
+        for some in _chunks(rows, len(targets), chunk or _chunk_tokens(width), hidden.device):
             piece = gradients.leaf(some)
             theirs = _logits(teacher, wanted, some, hidden.device) if diverges else None
             part = sums(student.logits(piece), theirs, targets[some])
@@ -301,6 +302,12 @@ def _groups(batch: Batch, teacher: SplitModel | None) -> list[tuple[Tensor | Non
 
 def _places(chosen: Tensor) -> Tensor:
     return chosen.flatten().nonzero().squeeze(-1)
+
+
+def _chunk_tokens(width: int) -> int:
+    """Tokens whose logits, `width` of each, are computed at once. Each chunk adds up the gradient of the whole head once."""
+    most = max(1, _CHUNK_ELEMENTS // width)
+    return most - most % _ROWS if most > _ROWS else most
 
 
 def _chunks(rows: Tensor | None, count: int, size: int, device: torch.device) -> Iterable[slice | Tensor]:
