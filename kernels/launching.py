@@ -7,6 +7,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
+_INT32 = 1 << 31
 _READY: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -26,7 +27,10 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *args: Any, *
     if not first.is_cuda:  # Triton's interpreter
         kernel[grid](*args, **constants)
         return
-    kind = (id(kernel), first.device, *constants.values(), *map(_kind, args))
+    kind = (
+        id(kernel), first.device, *constants.values(),
+        *[(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else _number(x) for x in args],
+    )  # fmt: skip
     found = _READY.get(kind)
     if found is None:
         compiled = kernel[grid](*args, **constants)
@@ -36,9 +40,15 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *args: Any, *
         compiled[grid](*args, *values)
 
 
-def _kind(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return 1 if x == 1 else (x % 16 == 0, -(1 << 31) <= x < 1 << 31, x >> 63)
-    return type(x)
+def _number(x: int | float) -> Any:
+    return float if isinstance(x, float) else 1 if x == 1 else (x % 16 == 0, -_INT32 <= x < _INT32, x < 0)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes ten times as long, for it may run inside a kernel."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The first power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
@@ -433,6 +433,6 @@ def decode_step_case(q: Tensor, v: Tensor, width: int) -> Case:
     return _case(DECODE, (q, v), {"K": q.shape[-1], "V": v.shape[-1], "W": width}, {})
 
 
-def rotate_case(x: Tensor) -> Case:
+def rotate_case(xs: Sequence[Tensor]) -> Case:
     """The case of a `hydra::rotate`."""
-    return _case(DECODE, (x,), {"D": x.shape[3], "H": x.shape[1]}, {})
+    return _case(DECODE, tuple(xs), {"D": xs[0].shape[3], "H": max(x.shape[1] for x in xs)}, {})

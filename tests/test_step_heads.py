@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import hydrasurgery as hs
 from hydrasurgery.dialect.names import DECODE_STEP, ROTATE, STEP_HEADS
+from hydrasurgery.ir.launches import fewer_launches
 from hydrasurgery.kernels.decode_step import reference
 from hydrasurgery.kernels.rotary import TURNS, rotate
+from tests.families import tiny
 
 interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 B, H, C, K = 2, 4, 21, 6
@@ -104,14 +107,24 @@ def test_a_full_head_of_another_dtype_is_not_rounded():
 def test_heads_are_rotated(kernel, turn, turned, rows):
     torch.manual_seed(0)
     angles = torch.randn(rows, 1, 3, turned, dtype=torch.float64)
-    x, cos, sin = torch.randn(B, 3, H, K, dtype=torch.float64).transpose(1, 2), angles.cos(), angles.sin()
-    wanted = rotate(x, cos, sin, turn)
-    if kernel == "triton":
-        from hydrasurgery.kernels.rotate import triton
+    cos, sin = angles.cos(), angles.sin()
+    for counts in [(H,), (H, 1), (2, 3)]:
+        xs = [torch.randn(B, 3, count, K, dtype=torch.float64).transpose(1, 2) for count in counts]
+        wanted = [rotate(x, cos, sin, turn) for x in xs]
+        if kernel == "triton":
+            from hydrasurgery.kernels.rotate import triton
 
-        assert torch.allclose(
-            triton.forward(x.float(), cos.float(), sin.float(), turn=turn).double(), wanted, atol=1e-5
-        )
-    else:
-        assert torch.equal(ROTATE(x, cos, sin, turn), wanted)
-        torch.library.opcheck(ROTATE, (x, cos, sin, turn), test_utils=("test_schema", "test_faketensor"))
+            found = triton.forward([x.float() for x in xs], cos.float(), sin.float(), turn=turn)
+            assert all(torch.allclose(y.double(), want, atol=1e-5) for y, want in zip(found, wanted, strict=True))
+        else:
+            assert all(map(torch.equal, ROTATE(xs, cos, sin, turn), wanted))
+            torch.library.opcheck(ROTATE, (xs, cos, sin, turn), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_step_rotates_queries_and_keys_at_once():
+    teacher = tiny("qwen3")
+    hybrid = hs.rewrite(teacher, hs.plan_heads(teacher, ratio="1:1", strategy="fixed"))
+    for module in hs.region_modules(hybrid).values():
+        step = fewer_launches(module, module.region.graph, step=True)
+        assert len(step.find_nodes(op="call_function", target=ROTATE)) == 1
+        assert not step.find_nodes(op="call_function", target=rotate)

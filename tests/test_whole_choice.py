@@ -15,7 +15,7 @@ from hydrasurgery.kernels.registry import Case, Machine, choose
 from tests.families import FAMILIES, tiny
 
 MACHINES = [Machine("cuda", capability, frozenset({("triton", "3.6.0")})) for capability in ((9, 0), (8, 6))]
-HEADS = ("attention", "linear_attention", "causal_conv", "head_inputs", "head_gates", "decode_step", "rotate")
+HEADS = ("attention", "linear_attention", "causal_conv", "head_inputs", "head_gates", "decode_step")
 
 
 @pytest.fixture

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from hydrasurgery.dialect.checks import save
 
 _LIBRARY = torch.library.Library("hydra", "FRAGMENT")
+_PLAIN_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA).raw_repr()  # no mode, trace or wrapper below autograd
 
 
 class Operator:
@@ -49,6 +51,8 @@ class Operator:
             # PyTorch leaves out inputs that are None by default.
             inputs += (None,) * (self.count - len(inputs))
             return _Differentiable.apply(self, below, options, *inputs)  # type: ignore[no-untyped-call]
+        if wanted is None and below.raw_repr() == _PLAIN_CUDA and get_eval_frame_callback() is None:
+            return self.run(*inputs, **options)  # nothing else would look at the call
         with torch._C._AutoDispatchBelowAutograd():
             outputs = self.call.redispatch(below, *inputs, **options)
         if wanted is None:

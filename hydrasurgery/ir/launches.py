@@ -29,12 +29,11 @@ def fewer_launches(module: nn.Module, graph: fx.Graph, *, step: bool = False) ->
         _fuse(new, branch, step)
     for node in new.find_nodes(op="call_function", target=rotate):
         _select_first(new, node)
-    if step:
-        for node in new.find_nodes(op="call_function", target=rotate):
-            node.target = ROTATE
     for node in new.find_nodes(op="call_function", target=token_flags):
         _ask_mask_first(new, node)
     new.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target in TELLS)
+    if step:
+        _rotate_together(new)
     return new
 
 
@@ -115,6 +114,26 @@ def _ask_mask_first(graph: fx.Graph, flags: fx.Node) -> None:
     with graph.inserting_before(flags):
         flags.replace_all_uses_with(graph.call_function(flags_of, flags.args, flags.kwargs))
     graph.erase_node(flags)
+
+
+def _rotate_together(graph: fx.Graph) -> None:
+    """One operator for queries and keys, where both are there before the first of them is rotated."""
+    nodes: list[Any] = graph.find_nodes(op="call_function", target=rotate)
+    if len(nodes) != 2 or nodes[0].args[1:] != nodes[1].args[1:]:
+        return
+    first, second = nodes
+    source = second.args[0]
+    if source.target is select_heads:  # comes after what reads the keys
+        first.prepend(source)
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    if any(places[node] > places[first] for node in (source, *source.all_input_nodes)):
+        return
+    with graph.inserting_before(first):
+        both = graph.call_function(ROTATE, ([first.args[0], source], *first.args[1:]))
+        for place, node in enumerate(nodes):
+            node.replace_all_uses_with(graph.call_function(operator.getitem, (both, place)))
+    for node in nodes:
+        graph.erase_node(node)
 
 
 def _select_first(graph: fx.Graph, turned: fx.Node) -> None:

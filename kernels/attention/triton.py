@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hydrasurgery.kernels.attention.reach import is_reach
 from hydrasurgery.kernels.cards import processors
-from hydrasurgery.kernels.launching import launch
+from hydrasurgery.kernels.launching import cdiv, launch, power_of_2
 
 KEYS = 64  # a block's
 
@@ -131,14 +131,14 @@ def forward(
     kind = "none" if mask is None else "reach" if is_reach(mask) else "bool" if mask.dtype == torch.bool else "added"
     seen = q if mask is None else mask.expand(batch, heads, 1, mask.shape[3])
     seen = seen.view(torch.uint8) if kind == "bool" else seen
-    blocks = triton.cdiv(keys, KEYS)
-    parts = max(1, min(blocks, triton.cdiv(_wave(q.device), batch * groups)))
-    share = KEYS * triton.cdiv(blocks, parts)
-    parts = triton.cdiv(keys, share)
+    blocks = cdiv(keys, KEYS)
+    parts = max(1, min(blocks, cdiv(_wave(q.device), batch * groups)))
+    share = KEYS * cdiv(blocks, parts)
+    parts = cdiv(keys, share)
     outs = q.new_empty(batch, heads, parts, values, dtype=torch.float32)
     tops, sums = q.new_empty(2, batch, heads, parts, dtype=torch.float32).unbind()
     out = q.new_empty(batch, 1, heads, values)
-    block_v = max(16, triton.next_power_of_2(values))
+    block_v = max(16, power_of_2(values))
     launch(
         _part_kernel, (parts, groups, batch),
         q, k, v, seen, outs, tops, sums, keys, share,
@@ -146,7 +146,7 @@ def forward(
         dim**-0.5 if scale is None else scale, 1.0 if softcap is None else softcap,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *seen.stride()[:2], seen.stride(3),
         GROUP=heads // groups, DIM=dim, VALUES=values, MASK=kind, CAP=softcap is not None,
-        ROWS=max(16, triton.next_power_of_2(heads // groups)), BLOCK=max(16, triton.next_power_of_2(dim)),
+        ROWS=max(16, power_of_2(heads // groups)), BLOCK=max(16, power_of_2(dim)),
         BLOCK_V=block_v, KEYS=KEYS, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     launch(

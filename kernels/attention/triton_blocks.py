@@ -21,7 +21,7 @@ from hydrasurgery.kernels.attention.reach import OPEN, parts
 from hydrasurgery.kernels.attention.triton_blocks_gradients import _backward_keys, _backward_queries, _delta
 from hydrasurgery.kernels.attention.triton_scores import _LOG2E, LOG2E, _scores, _span, _tile
 from hydrasurgery.kernels.cards import processors
-from hydrasurgery.kernels.launching import launch
+from hydrasurgery.kernels.launching import cdiv, launch, power_of_2
 
 
 class Tiles(NamedTuple):
@@ -188,25 +188,25 @@ def backward(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not (q.numel() and k.numel()):
         return torch.zeros_like(q), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
-    block_v = max(16, triton.next_power_of_2(values))
+    block_v = max(16, power_of_2(values))
     launch(
-        _delta, (triton.cdiv(queries, 64), heads, batch), grad, out, delta, queries,
+        _delta, (cdiv(queries, 64), heads, batch), grad, out, delta, queries,
         HEADS=heads, VALUES=values, BLOCK_V=block_v, ROWS=64, num_warps=4,
     )  # fmt: skip
     tiles = _tiles(q, max(dim, values), backward=True)
     numbers, options = _numbers(q, k, v, mask, scale, causal, window, softcap, tiles)
     reach, most, _, _, least = _structure(q, mask, tiles)
     launch(
-        _backward_keys, (triton.cdiv(keys, tiles.keys), groups, batch),
-        grad, q, k, v, reach, most, least, lse, delta, dk, dv, *numbers, triton.cdiv(keys, tiles.keys), **options,
+        _backward_keys, (cdiv(keys, tiles.keys), groups, batch),
+        grad, q, k, v, reach, most, least, lse, delta, dk, dv, *numbers, cdiv(keys, tiles.keys), **options,
     )  # fmt: skip
     other = Tiles(tiles.keys, tiles.queries, tiles.warps, tiles.stages)
     numbers, options = _numbers(q, k, v, mask, scale, causal, window, softcap, other)
     reach, most, low, open_from, _ = _structure(q, mask, other)
     launch(
-        _backward_queries, (triton.cdiv(queries, other.queries), heads, batch),
-        grad, q, k, v, reach, most, low, open_from, lse, delta, dq, *numbers, triton.cdiv(keys, other.keys),
-        triton.cdiv(queries, other.queries), **options,
+        _backward_queries, (cdiv(queries, other.queries), heads, batch),
+        grad, q, k, v, reach, most, low, open_from, lse, delta, dq, *numbers, cdiv(keys, other.keys),
+        cdiv(queries, other.queries), **options,
     )  # fmt: skip
     dsinks = None
     if sinks is not None:
@@ -237,9 +237,9 @@ def _run(
     tiles = _tiles(q, max(dim, values))
     numbers, options = _numbers(q, k, v, mask, scale, causal, window, softcap, tiles)
     reach, most, low, open_from, _ = _structure(q, mask, tiles)
-    rows, blocks = triton.cdiv(queries, tiles.queries), triton.cdiv(keys, tiles.keys)
+    rows, blocks = cdiv(queries, tiles.queries), cdiv(keys, tiles.keys)
     count = _parts(q, rows * heads * batch, blocks)
-    share = triton.cdiv(blocks, count)
+    share = cdiv(blocks, count)
     ys, sums = out, lse
     if count > 1:
         ys, sums = (x.new_empty(count, *x.shape, dtype=torch.float32) for x in (out, lse))
@@ -294,7 +294,7 @@ def _numbers(
     options = {
         "GROUP": q.shape[1] // k.shape[1], "HEADS": q.shape[1], "DIM": dim, "VALUES": values, "MASK": mask is not None,
         "CAUSAL": causal or mask is not None, "WINDOW": bites, "CAP": softcap is not None,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_V": max(16, triton.next_power_of_2(values)),
+        "BLOCK_D": max(16, power_of_2(dim)), "BLOCK_V": max(16, power_of_2(values)),
         "QUERIES": tiles.queries, "KEYS": tiles.keys, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip

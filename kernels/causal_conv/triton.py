@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydrasurgery.kernels.cards import processors
-from hydrasurgery.kernels.launching import launch
+from hydrasurgery.kernels.launching import cdiv, launch, power_of_2
 
 CHANNELS = 128  # of a tile, both ways
 TOKENS, WARPS = 16, 4
@@ -169,7 +169,7 @@ def forward(
     if not batch or not channels:
         return y, tail
     links = x if previous is None else previous.to(torch.int32).contiguous()
-    grid = (triton.cdiv(channels, CHANNELS), max(1, triton.cdiv(length, TOKENS)), batch)
+    grid = (cdiv(channels, CHANNELS), max(1, cdiv(length, TOKENS)), batch)
     launch(
         _forward_kernel, grid,
         x, weight, *_optional(x, state, reset), links, y, tail, length, channels, WIDTH=width, STATE=state is not None,
@@ -190,9 +190,9 @@ def backward(
     """As `reference.backward`. Programs leave their shares of d weight, summed in a fixed order."""
     grad, grad_state, x, weight = (t.contiguous() for t in (grad, grad_state, x, weight))
     (batch, length, channels), width = x.shape, weight.shape[1]
-    whole, columns = triton.cdiv(length + width - 1, BACKWARD_TOKENS), triton.cdiv(channels, CHANNELS)
+    whole, columns = cdiv(length + width - 1, BACKWARD_TOKENS), cdiv(channels, CHANNELS)
     tiles = max(1, min(TILES, int(whole * columns * batch / (PROGRAMS * processors(x.device)))))
-    parts = triton.cdiv(whole, tiles)
+    parts = cdiv(whole, tiles)
     dx = torch.empty_like(x)
     dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     shares = torch.empty(batch, parts, channels, width, dtype=torch.float32, device=x.device)
@@ -201,7 +201,7 @@ def backward(
         launch(
             _backward_kernel, (columns, parts, batch),
             grad, grad_state, x, weight, *_optional(x, state, reset), links, dx, shares, x if dstate is None else dstate,
-            length, channels, tiles, WIDTH=width, TAPS=triton.next_power_of_2(width), STATE=state is not None,
+            length, channels, tiles, WIDTH=width, TAPS=power_of_2(width), STATE=state is not None,
             RESET=reset is not None, LINKS=previous is not None, TOKENS=BACKWARD_TOKENS, CHANNELS=CHANNELS,
             num_warps=BACKWARD_WARPS,
         )  # fmt: skip

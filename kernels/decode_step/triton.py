@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hydrasurgery.kernels.decode_step.reference import L2_EPS
-from hydrasurgery.kernels.launching import launch
+from hydrasurgery.kernels.launching import cdiv, launch, power_of_2
 from hydrasurgery.kernels.rotary import TURNS
 
 STATE_ELEMENTS = 8192  # of a state, in registers at once
@@ -321,8 +321,8 @@ def _run(
     taps = conv_weights[0].shape[1] if conv_weights else 0
     weights = [w.contiguous() for w in conv_weights] if taps else [q, q, q]
     pasts = list(conv_states) if taps else [q, q, q]
-    block_k = triton.next_power_of_2(width_k)
-    block_v = min(triton.next_power_of_2(width_v), max(1, STATE_ELEMENTS // block_k))
+    block_k = power_of_2(width_k)
+    block_v = min(power_of_2(width_v), max(1, STATE_ELEMENTS // block_k))
     columns = 0 if layer is None else layer[0].shape[1]
     launch(
         _kernel, (batch * out.shape[1], 1, 1),
@@ -334,7 +334,7 @@ def _run(
         HEADS=heads, K=width_k, V=width_v, WIDTH=taps, RAW=A_log is not None, GATE=gates[2] is not None,
         FLAGS=valid is not None, TURN=list(TURNS).index(turn), TURNED=0 if cos is None else cos.shape[1],
         BLOCK_K=block_k, BLOCK_V=block_v,
-        TILES=triton.cdiv(triton.next_power_of_2(width_v), block_v), TAPS=triton.next_power_of_2(max(1, taps)),
-        FULL=out.shape[1] - heads, C=columns, CHANNELS=min(CHANNELS, triton.next_power_of_2(max(1, columns))),
+        TILES=cdiv(power_of_2(width_v), block_v), TAPS=power_of_2(max(1, taps)),
+        FULL=out.shape[1] - heads, C=columns, CHANNELS=min(CHANNELS, power_of_2(max(1, columns))),
         num_warps=WARPS,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hydrasurgery.kernels.decode_step.triton import _log1p
 from hydrasurgery.kernels.head_gates.reference import FORGET
-from hydrasurgery.kernels.launching import launch
+from hydrasurgery.kernels.launching import cdiv, launch, power_of_2
 
 TILE = 512  # numbers of a gate, of one program
 SUMS = 3  # A_log, dt_bias and beta_bias
@@ -157,10 +157,10 @@ def _launch(
     raw: Tensor, A_log: Tensor, valid: Tensor | None, gated: bool
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid, and constants."""
-    block = triton.next_power_of_2(len(A_log))
+    block = power_of_2(len(A_log))
     rows = max(1, TILE // block)
     options = {
         "N": raw.shape[2], "HEADS": len(A_log), "FLAGS": valid is not None, "GATED": gated, "ROWS": rows, "BLOCK": block,
         "num_warps": 4,
     }  # fmt: skip
-    return (triton.cdiv(raw.shape[0] * raw.shape[1], rows), 1, 1), options
+    return (cdiv(raw.shape[0] * raw.shape[1], rows), 1, 1), options

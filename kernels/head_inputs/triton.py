@@ -17,7 +17,7 @@ from torch import Tensor
 from hydrasurgery.kernels.cards import processors
 from hydrasurgery.kernels.causal_conv.triton import _after, _before, _following, _starts
 from hydrasurgery.kernels.head_inputs.reference import L2_EPS, States
-from hydrasurgery.kernels.launching import launch
+from hydrasurgery.kernels.launching import cdiv, launch, power_of_2
 
 TILE = 2048  # numbers of a half, of one program
 WARPS = 4
@@ -349,7 +349,7 @@ def forward(
         if batch and count:
             flags, options = _flags(group, reset, previous, cos, sin, turn)
             tokens, block = _tile(dim // 2)
-            grid = (max(1, triton.cdiv(length, tokens)), len(group.heads) * count, batch)
+            grid = (max(1, cdiv(length, tokens)), len(group.heads) * count, batch)
             launch(
                 _forward_kernel, grid,
                 *group.tensors, *flags[:-1], y, tail, *group.strides, flags[-1], length, L2_EPS,
@@ -384,7 +384,7 @@ def backward(
         if mixed.numel():
             flags, options = _flags(group, reset, previous, cos, sin, turn)
             tokens, block = _tile(dim // 2)
-            grid = (triton.cdiv(length, tokens), len(group.heads) * count, batch)
+            grid = (cdiv(length, tokens), len(group.heads) * count, batch)
             launch(
                 _mixed_gradient, grid,
                 *group.three(own), *group.tensors, *flags[:-1], mixed, *group.strides, flags[-1], length, L2_EPS,
@@ -409,10 +409,10 @@ def _input_gradients(
     dx = [torch.empty_like(part) for part in mixed.unbind(0)]
     past = [torch.empty_like(state) if group.has_state else None for state in group.states]
     tokens, block = _tile(dim)
-    tiles = triton.cdiv(length + width - 1, tokens)
+    tiles = cdiv(length + width - 1, tokens)
     room = SHARES * processors(mixed.device) // max(1, parts * count * batch)
-    loops = triton.cdiv(tiles, max(1, min(tiles, room)))
-    shares = mixed.new_empty(batch, triton.cdiv(tiles, loops), parts, count * dim, width, dtype=torch.float32)
+    loops = cdiv(tiles, max(1, min(tiles, room)))
+    shares = mixed.new_empty(batch, cdiv(tiles, loops), parts, count * dim, width, dtype=torch.float32)
     if shares.numel():
         links = mixed if previous is None else _following(previous)
         flags = mixed if reset is None else reset.contiguous().view(torch.uint8)
@@ -420,7 +420,7 @@ def _input_gradients(
             _input_gradient, (shares.shape[1], parts * count, batch),
             mixed, mixed if grad_tail is None else grad_tail, *group.tensors, flags, links, *group.three(dx), shares,
             *group.three([mixed if d is None else d for d in past]), *group.strides, length, loops,
-            **group.constants(tokens, block), TAPS=triton.next_power_of_2(width), TAIL=grad_tail is not None,
+            **group.constants(tokens, block), TAPS=power_of_2(width), TAIL=grad_tail is not None,
             RESET=reset is not None, LINKS=previous is not None,
         )  # fmt: skip
     return dx, shares.sum((0, 1)), past
@@ -428,7 +428,7 @@ def _input_gradients(
 
 def _tile(channels: int) -> tuple[int, int]:
     """(tokens, channels) that a program holds at once."""
-    block = triton.next_power_of_2(channels)
+    block = power_of_2(channels)
     return max(1, TILE // block), block
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hydrasurgery.kernels.cards import processors
+from hydrasurgery.kernels.launching import cdiv
 
 CHUNK = 64
 SIZES = (64, 128, 256)  # heads of other sizes are filled up with zeros
@@ -189,10 +190,6 @@ def tiles(x: Tensor, width: int) -> TensorDescriptor:
     """x [chunks, heads, rows, D], read in tiles of [rows, width] at ((chunk heads + head) rows, column)."""
     rows, channels = x.shape[-2:]
     return TensorDescriptor(x, [x.numel() // channels, channels], [channels, 1], [rows, width])
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _check_documents(cu_seqlens: Tensor, length: int) -> None:

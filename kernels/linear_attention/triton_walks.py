@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydrasurgery.kernels.linear_attention.triton_call import Basis, cdiv, tokens
+from hydrasurgery.kernels.launching import cdiv
+from hydrasurgery.kernels.linear_attention.triton_call import Basis, tokens
 from hydrasurgery.kernels.linear_attention.triton_launch import Run
 from hydrasurgery.kernels.linear_attention.triton_prepare import _C, _piece, _tile
 

@@ -1,1 +1,1 @@
-"""Kernels of the rotary embedding of the full heads of one token."""
+"""Kernels of the rotary embedding of one token's queries and keys."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydrasurgery.kernels.launching import launch
+from hydrasurgery.kernels.launching import cdiv, launch, power_of_2
 
 ELEMENTS = 4096  # a program's share of the output
 WORDS = ("low", "high")  # a word that is 1 must not become a constant of the kernel, as Triton would make it
@@ -198,7 +198,7 @@ def _launch(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None,
     """(the number of programs, the constants of the kernels)."""
     full, linear = (0 if o is None else o.shape[2] for o in (o_full, o_linear))
     batch, length, _, dim = (o_full if o_full is not None else o_linear).shape  # type: ignore[union-attr]
-    block = triton.next_power_of_2(dim)
+    block = power_of_2(dim)
     rows = max(1, ELEMENTS // block)
     options = {
         "HEADS": full + linear,
@@ -210,4 +210,4 @@ def _launch(o_full: Tensor | None, o_linear: Tensor | None, gate: Tensor | None,
         "BLOCK": block,
         "num_warps": 4,
     }
-    return triton.cdiv(batch * length, rows) * (full + linear), options
+    return cdiv(batch * length, rows) * (full + linear), options
