@@ -35,6 +35,7 @@ from hydrasurgery.kernels.linear_attention import triton as linear
 from hydrasurgery.kernels.linear_attention import triton_walks
 from hydrasurgery.kernels.registry import BACKWARD, Case, Machine, choose
 from hydrasurgery.kernels.rotary import TURNS
+from hydrasurgery.kernels.rotate import triton as turning
 from hydrasurgery.kernels.scale_norm_fusion import triton as fusion
 
 LAST = "llir"  # the compiler's stage that finds the shared memory; those after it are left out
@@ -123,6 +124,8 @@ def head_inputs() -> None:
         (DTYPES[1], False, None, 64),
     ]:
         heads = [torch.empty(2, 3, 70, dim, dtype=dtype) for dim in (64, 64, values)]
+        if turn is None:  # a stride of 1 is a constant to Triton
+            heads = [x[:1].as_strided((1, *x.shape[1:]), (1, *x.stride()[1:])) for x in heads]
         weights = [torch.empty(3 * x.shape[3], 4, dtype=dtype) for x in heads]
         states = [torch.empty(2, 3 * x.shape[3], 3, dtype=dtype) if masked else None for x in heads]
         reset = torch.empty(2, 70, dtype=torch.bool) if masked else None
@@ -132,6 +135,29 @@ def head_inputs() -> None:
         results, tails = inputs.forward(*given, **options)
         grads = [part.squeeze(0) for stack in results for part in stack.split(1)]
         inputs.backward(grads, tails if masked else None, *given, **options)
+
+
+def step_heads() -> None:
+    for dtype, gated in product(DTYPES, (False, True)):
+        q, k = torch.empty(2, 6, 64, dtype=dtype), torch.empty(2, 3, 64, dtype=dtype)
+        hidden, weights = torch.empty(2, 200, dtype=dtype), [torch.empty(4, 200, dtype=dtype) for _ in range(3)]
+        heads, flags = torch.empty(4), torch.empty(2, dtype=torch.bool)
+        gates_of = (weights[0], heads, heads, weights[1], heads, weights[2] if gated else None, heads)
+        convs = [torch.empty(256, 4, dtype=dtype)] * 3 if gated else []
+        pasts = [torch.empty(2, 256, 3, dtype=dtype) for _ in convs]
+        full = torch.empty(2, 2, 64, dtype=dtype) if gated else None
+        known = (flags, flags) if gated else (None, None)
+        decode.forward_heads(
+            hidden, q, k, k, full, *gates_of, convs, torch.empty(2, 4, 64, 64), pasts, *known, None, None,
+            q_heads=range(4), kv_heads=[0, 0, 1, 1], slots=range(4), scale=None, eps=1e-6,
+        )  # fmt: skip
+
+
+def rotate() -> None:
+    for dtype, (name, heads) in product(DTYPES, zip(TURNS, (2, 1, 3), strict=True)):
+        table = torch.empty(1, 1, 1, 32, dtype=dtype)
+        xs = [torch.empty(1, count, 1, 64, dtype=dtype) for count in (heads, 1)]
+        turning.forward(xs, table, table, turn=name)
 
 
 def head_gates() -> None:
@@ -146,10 +172,16 @@ def attention() -> None:
     attention_of_many_queries()
 
 
+def one_token() -> None:
+    decode_step()
+    step_heads()
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "linear_attention": linear_attention,
     "scale_norm_fusion": scale_norm_fusion,
-    "decode_step": decode_step,
+    "decode_step": one_token,
+    "rotate": rotate,
     "attention": attention,
     "causal_conv": causal_conv,
     "head_inputs": head_inputs,

@@ -27,8 +27,14 @@ NUMBERS = ("T", "loops")
 
 
 @triton.jit
+def _number(part, first, second, third):
+    """One of three numbers. Those that are 1 are constants to Triton, which a branch cannot change."""
+    return tl.where(part == 2, third, tl.where(part == 1, second, first))
+
+
+@triton.jit
 def _part(part, first, second, third):
-    """One of three scalars or pointers."""
+    """One of three pointers."""
     chosen = first
     if part == 1:
         chosen = second
@@ -136,8 +142,8 @@ def _forward_kernel(
     live = place < D // 2
     low, high, turned = _channels(place, D, R, TURN)
     past = (batch * HEADS + head) * D * (WIDTH - 1)
-    x = _part(part, x0, x1, x2) + batch * _part(part, b0, b1, b2) + head * _part(part, h0, h1, h2)
-    x_t = _part(part, t0, t1, t2)
+    x = _part(part, x0, x1, x2) + batch * _number(part, b0, b1, b2) + head * _number(part, h0, h1, h2)
+    x_t = _number(part, t0, t1, t2)
     weight, state = _part(part, w0, w1, w2) + head * D * WIDTH, _part(part, s0, s1, s2) + past
     reset += batch * T
     links += batch * (T + 1)
@@ -197,8 +203,8 @@ def _mixed_gradient(
     da = tl.load(grad + at + low[None, :], mask=known, other=0).to(tl.float32)
     db = tl.load(grad + at + high[None, :], mask=known, other=0).to(tl.float32)
     if part < NORMED:
-        x = _part(part, x0, x1, x2) + batch * _part(part, b0, b1, b2) + head * _part(part, h0, h1, h2)
-        x_t = _part(part, t0, t1, t2)
+        x = _part(part, x0, x1, x2) + batch * _number(part, b0, b1, b2) + head * _number(part, h0, h1, h2)
+        x_t = _number(part, t0, t1, t2)
         weight, state = _part(part, w0, w1, w2) + head * D * WIDTH, _part(part, s0, s1, s2) + past
         a, b, _ = _mixed(x, weight, state, reset, links, row, low, high, live, x_t, T, WIDTH, STATE, RESET, LINKS)
         sign: tl.constexpr = -1.0 if TURN == 2 else 1.0
@@ -229,8 +235,8 @@ def _input_gradient(
     channel, tap_of = tl.arange(0, BLOCK), tl.arange(0, TAPS)
     live = channel < D
     past = (batch * HEADS + head) * D * (WIDTH - 1)
-    x = _part(part, x0, x1, x2) + batch * _part(part, b0, b1, b2) + head * _part(part, h0, h1, h2)
-    x_t = _part(part, t0, t1, t2)
+    x = _part(part, x0, x1, x2) + batch * _number(part, b0, b1, b2) + head * _number(part, h0, h1, h2)
+    x_t = _number(part, t0, t1, t2)
     weight, state = _part(part, w0, w1, w2) + head * D * WIDTH, _part(part, s0, s1, s2) + past
     dstate = _part(part, d0, d1, d2) + past
     grad_tail += part.to(tl.int64) * B * HEADS * D * (WIDTH - 1) + past

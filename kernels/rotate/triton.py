@@ -20,9 +20,13 @@ def _kernel(
 ):  # fmt: skip
     """All heads of one token of one of two tensors; each channel meets its partner, which is loaded once more."""
     token, batch, length = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    if tl.program_id(2) == 1:
-        x, y, heads = other_x, other_y, other_heads
-        stride_b, stride_h, stride_t = other_b, other_h, other_t
+    other = tl.program_id(2) == 1
+    if other:
+        x, y = other_x, other_y
+    heads = tl.where(other, other_heads, heads)  # numbers that are 1 are constants, which a branch cannot change
+    stride_b = tl.where(other, other_b, stride_b)
+    stride_h = tl.where(other, other_h, stride_h)
+    stride_t = tl.where(other, other_t, stride_t)
     head, channel = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     turned = channel < R
     if TURN == 2:  # pairs of neighbours
@@ -34,10 +38,10 @@ def _kernel(
     inside = (head < heads)[:, None] & (channel < D)[None, :]
     x += batch * stride_b + token * stride_t + head.to(tl.int64)[:, None] * stride_h
     own = tl.load(x + channel[None, :], mask=inside, other=0).to(tl.float32)
-    other = tl.load(x + tl.where(turned, partner, 0)[None, :], mask=inside & turned[None, :], other=0).to(tl.float32)
+    partners = tl.load(x + tl.where(turned, partner, 0)[None, :], mask=inside & turned[None, :], other=0).to(tl.float32)
     at = batch * turn_b + token * R + channel
     own *= tl.load(cos + at, mask=turned, other=1).to(tl.float32)[None, :]
-    own += other * (sign * tl.load(sin + at, mask=turned, other=0).to(tl.float32))[None, :]
+    own += partners * (sign * tl.load(sin + at, mask=turned, other=0).to(tl.float32))[None, :]
     place = ((batch * heads + head)[:, None] * length + token) * D + channel[None, :]
     tl.store(y + place, own.to(y.dtype.element_ty), mask=inside)
 
