@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrasurgery.errors import HydraError
+from hydrasurgery.loading import load_model
 
 Row = dict[str, Any]
 
@@ -142,8 +143,8 @@ def _teacher(request: Request, device: torch.device) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=request.dtype).eval()
     if not Path(request.model).is_dir():
         raise HydraError(f"{request.model} is no folder and no known shape ({', '.join(SHAPES)})")
-    model: Any = AutoModelForCausalLM.from_pretrained(request.model, dtype=request.dtype)
-    return model.to(device).eval()
+    model: Any = load_model(request.model, dtype=request.dtype)
+    return model.to(device)
 
 
 # --- cases --------------------------------------------------------------------------------------------------------------------

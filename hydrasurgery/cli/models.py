@@ -28,7 +28,7 @@ from hydrasurgery.cli.shared import (
 from hydrasurgery.cli.signals import hinting
 from hydrasurgery.decoders import check_length, end_tokens, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
-from hydrasurgery.files import atomic_write_json, check_new, json_text
+from hydrasurgery.files import atomic_write_json, check_new, is_utf8, json_text
 from hydrasurgery.folders import owned_folder
 from hydrasurgery.json_files import shown
 from hydrasurgery.loading import load_model, load_tokenizer
@@ -272,6 +272,8 @@ def _verdict(region: Region) -> str:
 
 
 def _encode(tokenizer: Any, prompt: str) -> Any:
+    if not is_utf8(prompt):
+        raise DataError("--prompt: is not UTF-8 text; give it in UTF-8")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         raise DataError("--prompt: the prompt encodes to no token; give some text")
