@@ -426,6 +426,26 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(work,
         assert "is not UTF-8" in fail("export", none, "--out", tmp_path / f"caf\udce9{out}")
 
 
+@pytest.mark.parametrize("name", ["a.pdf", "a.SVG", "a.b.jpg"])
+def test_a_name_of_another_kind_of_picture_is_refused(work, tmp_path, name):
+    for command in (
+        ("score", tmp_path / "none", "--out", tmp_path / "s", "--plot", tmp_path / name),
+        ("plan", "--scores", work / "scores.json", "--out", tmp_path / "s", "--plot", tmp_path / name),
+        ("plot", work / "scores.json", "--out", tmp_path / name),
+        ("bench", "--device", "cpu", "--plot", tmp_path / name),
+    ):
+        assert "drawn as PNG" in fail(*command)
+    with pytest.raises(OutputError, match="drawn as PNG"):
+        draw_plan(hs.Plan.load(work / "plan.json"), tmp_path / name)
+    assert not contents(tmp_path)
+
+
+def test_no_hybrid_is_its_own_teacher(work, tmp_path):
+    (tmp_path / "link").symlink_to(work / "hybrid")
+    options = ("--data", work / "data.txt", "--recipe", work / "recipe.json", "--out", tmp_path / "run")
+    assert "hybrid and teacher in one" in fail("distill", work / "hybrid", "--teacher", tmp_path / "link", *options)
+
+
 def test_a_disk_is_no_file(tmp_path):
     if os.geteuid():
         pytest.skip("needs root")
