@@ -343,6 +343,7 @@ def test_every_command_refuses_a_config_by_its_name(copied: Path) -> None:
         ("eval", copied / "hybrid", "--teacher", bad, "--out", out),
         ("generate", bad, "--prompt", "a"),
         ("export", bad, "--out", copied / "out.onnx"),
+        ("bench", "model", "--model", bad, "--device", "cpu"),
     ):
         assert f"{bad / 'config.json'}: hidden_size is 'abc'" in refused(*arguments)
 
@@ -397,8 +398,11 @@ def test_values_of_weights(copied: Path, damage: Damage) -> None:
         damage(copied / name / WEIGHTS)
         said = refused("generate", copied / name, "--prompt", "a")
         assert str(copied / name) in said and WEIGHT in said
-    options = ("--case", "prefill", "--size", 16, "--device", "cpu")
+    out = copied / "earlier.json"
+    out.write_text("[]")
+    options = ("--case", "prefill", "--size", 16, "--device", "cpu", "--out", out)
     assert WEIGHT in refused("bench", "model", "--model", copied / "teacher", *options)
+    assert out.read_text() == "[]"
 
 
 @cases(INDEXES)
