@@ -238,7 +238,7 @@ def is_utf8(text: Target) -> bool:
     """Whether a path or another argument of a command is text in UTF-8; Python keeps bytes that are not as lone surrogates.
 
     Example:
-        >>> is_utf8("caf\u00e9"), is_utf8("caf\udce9")
+        >>> is_utf8("caf" + chr(0xE9)), is_utf8("caf" + chr(0xDCE9))
         (True, False)
     """
     try:
