@@ -166,6 +166,8 @@ def check_new(*files: Path) -> None:
     for file in files:
         if os.path.lexists(file):
             raise ExportError(f"{_named(file)}: exists; give another path or delete it first")
+        if not is_utf8(file):
+            raise ExportError(f"{file}: the name is not UTF-8, which other programs need; give another path")
         with telling(file, ExportError):
             check_parent(real_path(file))
 
@@ -182,6 +184,8 @@ def check_folder(path: Target) -> None:
             raise OutputError(f"{_named(path)}: is or holds the current folder; give the name of a folder of its own")
         if os.path.lexists(target) and not target.is_dir():
             raise OutputError(f"{path}: is no folder; give the name of a folder")
+        if not is_utf8(target):
+            raise OutputError(f"{path}: the name is not UTF-8, which safetensors need; give another path")
         check_parent(target / "any")
 
 
@@ -228,6 +232,20 @@ def is_stream(path: Target) -> bool:
     if stat.S_ISBLK(mode):
         raise OutputError(f"{os.fspath(path)}: is a disk; give the path of a file")
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def is_utf8(text: Target) -> bool:
+    """Whether a path or another argument of a command is text in UTF-8; Python keeps bytes that are not as lone surrogates.
+
+    Example:
+        >>> is_utf8("caf" + chr(0xE9)), is_utf8("caf" + chr(0xDCE9))
+        (True, False)
+    """
+    try:
+        os.fspath(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def real_path(path: Target) -> Path:

@@ -45,7 +45,8 @@ def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
 
     Raises:
         CheckpointError: a file is missing, truncated or not JSON, config.json asks for code to be run, or a tensor that the
-            model needs is not in the checkpoint; the message names the file or the tensor.
+            model needs is not in the checkpoint, is not stored as real numbers, or holds one that is not finite; the message
+            names the file or the tensor.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -76,6 +77,8 @@ def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
         ) from error
     model, report = loaded
     _check_report(name, report)
+    _check_stored(path, model)
+    _check_numbers(name, model)
     return model.eval()
 
 
@@ -193,6 +196,30 @@ def _check_report(name: str, report: dict[str, Any]) -> None:
             f"{name}: the checkpoint holds {_some(stray)}, but its config.json has no plan that makes a place for it; "
             "save the hybrid again with save_pretrained"
         )
+
+
+def _check_stored(path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+    """Refuse weights of a folder that are stored as integers, flags or complex numbers: transformers takes them as they are."""
+    if not Path(path).is_dir() or getattr(model.config, "quantization_config", None) is not None:
+        return
+    weights = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    for file in _weight_files(Path(path)):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                dtype = tensors.get_slice(name).get_dtype()
+                if not dtype.startswith(("F", "BF")) and {name, f"{model.base_model_prefix}.{name}"} & weights:
+                    raise CheckpointError(
+                        f"{file}: {name} is stored as {dtype}, and nothing says how to make weights of that; save the model again"
+                    )
+
+
+def _check_numbers(name: str, model: PreTrainedModel) -> None:
+    for key, weight in model.named_parameters():
+        plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if plain and weight.numel() and type(weight.data) is torch.Tensor:
+            low, high = torch.aminmax(weight.detach())  # NaN if there is one
+            if not (low.isfinite() and high.isfinite()):
+                raise CheckpointError(f"{name}: {key} holds numbers that are not finite; save the model again")
 
 
 def _some(names: list[str]) -> str:

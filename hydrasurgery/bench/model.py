@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrasurgery.errors import HydraError
+from hydrasurgery.loading import check_files, load_model
 
 Row = dict[str, Any]
 
@@ -130,6 +131,19 @@ def _first_line(error: Exception) -> str:
     return lines[0][:160]
 
 
+def check_model(name: str) -> None:
+    """Refuse, before anything is measured, what is neither a shape nor a folder with a model.
+
+    Raises:
+        HydraError: naming it, or the file in it that is missing or broken.
+    """
+    if name in SHAPES:
+        return
+    if not Path(name).is_dir():
+        raise HydraError(f"{name} is no folder and no known shape ({', '.join(SHAPES)})")
+    check_files(name)
+
+
 def _teacher(request: Request, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -144,10 +158,9 @@ def _teacher(request: Request, device: torch.device) -> Any:
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=request.dtype).eval()
-    if not Path(request.model).is_dir():
-        raise HydraError(f"{request.model} is no folder and no known shape ({', '.join(SHAPES)})")
-    model: Any = AutoModelForCausalLM.from_pretrained(request.model, dtype=request.dtype)
-    return model.to(device).eval()
+    check_model(request.model)
+    model: Any = load_model(request.model, dtype=request.dtype)
+    return model.to(device)
 
 
 # --- cases --------------------------------------------------------------------------------------------------------------------

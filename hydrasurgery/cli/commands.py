@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import typer
 from typer.core import TyperGroup
 
@@ -39,11 +42,16 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (HydraError, OSError, ImportError) as error:
-            if told():
+        except (HydraError, OSError, ImportError, MemoryError, RuntimeError) as error:
+            if told() or (isinstance(error, RuntimeError) and not _no_memory(error)):
                 raise
-            typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
+            what = "out of memory: " if isinstance(error, (MemoryError, RuntimeError)) else ""
+            typer.secho(f"error: {what}{' '.join(str(error).split())}", fg="red", err=True)
             raise typer.Exit(1) from error
+
+
+def _no_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # on a GPU, or on a CPU
 
 
 app = typer.Typer(
@@ -59,6 +67,8 @@ def _quiet() -> None:
     from tqdm import tqdm
     from transformers.utils import logging
 
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal's encoding has every character
     tqdm.set_lock(threading.RLock())  # rather than a semaphore, which a process that is killed leaves behind
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -62,7 +62,7 @@ def bench(
     """
     from hydrasurgery.bench import SUITES
     from hydrasurgery.bench import bench as measure
-    from hydrasurgery.bench.model import CASES, Request, bench_model
+    from hydrasurgery.bench.model import CASES, SHAPES, Request, bench_model, check_model
     from hydrasurgery.bench.report import bench_table, model_table
     from hydrasurgery.bench.report import plot as draw
     from hydrasurgery.bench.run import TOLERANCE
@@ -90,14 +90,16 @@ def bench(
     types = {str(known).removeprefix("torch."): known for known in TOLERANCE}
     if dtype not in types:
         raise typer.BadParameter(f"--dtype {shown(dtype)}: give one of {', '.join(types)}")
-    check_outputs([], files=[out], pictures=[plot])
+    check_outputs([model] if whole and model not in SHAPES else [], files=[out], pictures=[plot])
+    if whole:
+        check_model(model)
     console = wide_console()
     rows: list[dict[str, Any]] = []
     kept = None if out is None or is_stream(out) else out  # measuring takes long, so a file has each row at once
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
-        if kept is not None:
+        if kept is not None and row["suite"] != "machine":  # which is no result yet for which to lose an earlier file
             atomic_write_json(kept, rows)
 
     with shown_if_lost(lambda: json_text(rows)):

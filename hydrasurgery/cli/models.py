@@ -28,7 +28,7 @@ from hydrasurgery.cli.shared import (
 from hydrasurgery.cli.signals import hinting
 from hydrasurgery.decoders import check_length, end_tokens, position_limit
 from hydrasurgery.errors import CheckpointError, DataError, HydraError, PlanError, UnsupportedModelError
-from hydrasurgery.files import atomic_write_json, check_new, json_text
+from hydrasurgery.files import atomic_write_json, check_new, is_utf8, json_text, real_path
 from hydrasurgery.folders import owned_folder
 from hydrasurgery.json_files import shown
 from hydrasurgery.loading import load_model, load_tokenizer
@@ -134,6 +134,8 @@ def distill(
     check_file(data)
     written = [out / "recipe.json", out / "metrics.jsonl"]
     check_outputs([hybrid, teacher, data], files=written, owned=[out / "model"], folders=[out])
+    if real_path(hybrid) == real_path(teacher):
+        raise CheckpointError(f"{hybrid}: is hybrid and teacher in one; give --teacher the model it was rewritten from")
     if not resume and any((out / "checkpoints").glob("*")):
         raise CheckpointError(
             f"{out / 'checkpoints'}: holds an earlier run; add --resume to go on, or give another --out"
@@ -272,6 +274,8 @@ def _verdict(region: Region) -> str:
 
 
 def _encode(tokenizer: Any, prompt: str) -> Any:
+    if not is_utf8(prompt):
+        raise DataError("--prompt: is not UTF-8 text; give it in UTF-8")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         raise DataError("--prompt: the prompt encodes to no token; give some text")

@@ -37,9 +37,11 @@ def check_outputs(
     """
     drawn = [path for path in pictures if path is not None]
     if drawn:
-        from hydrasurgery.selection.plots import new_figure
+        from hydrasurgery.selection.plots import check_picture, new_figure
 
         new_figure((1, 1))
+        for path in drawn:
+            check_picture(path)
     single = [*(path for path in files if path is not None), *drawn]
     whole = list(owned)
     for check, paths in ((check_folder, folders), (check_file, single), (check_owned, whole)):

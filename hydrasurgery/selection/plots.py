@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydrasurgery.errors import OutputError
 from hydrasurgery.files import atomic_write_bytes
 from hydrasurgery.plan import Plan
 
@@ -124,12 +125,26 @@ def new_figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
+def check_picture(path: Target) -> None:
+    """Refuse a name that says another kind of picture than PNG; one that says none is good.
+
+    Raises:
+        OutputError: it is one that matplotlib would draw.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix = Path(path).suffix.removeprefix(".").lower()
+    if suffix != "png" and suffix in FigureCanvasBase.get_supported_filetypes():
+        raise OutputError(f"{os.fspath(path)}: pictures are drawn as PNG, not {suffix.upper()}; give a name in .png")
+
+
 def save_figure(figure: Any, path: Target) -> Path:
     """Write a figure as PNG, whole or not at all.
 
     Raises:
-        OutputError: it cannot be written there.
+        OutputError: it cannot be written there, or the name is that of another kind of picture.
     """
+    check_picture(path)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return atomic_write_bytes(path, picture.getvalue())

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import hydrasurgery as hs
@@ -32,6 +34,7 @@ from tests.families import tiny
 
 SECONDS = 20.0
 NESTED = b"[" * 100_000
+WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Damage = Callable[[Path], None]
 
@@ -340,6 +343,7 @@ def test_every_command_refuses_a_config_by_its_name(copied: Path) -> None:
         ("eval", copied / "hybrid", "--teacher", bad, "--out", out),
         ("generate", bad, "--prompt", "a"),
         ("export", bad, "--out", copied / "out.onnx"),
+        ("bench", "model", "--model", bad, "--device", "cpu"),
     ):
         assert f"{bad / 'config.json'}: hidden_size is 'abc'" in refused(*arguments)
 
@@ -367,6 +371,40 @@ def test_weights(copied: Path, damage: Damage) -> None:
     assert str(copied / "teacher") in refused("inspect", copied / "teacher")
 
 
+def value(change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    """A weight of a layer, changed."""
+
+    def damage(file: Path) -> None:
+        held = load_file(file)
+        held[WEIGHT] = change(held[WEIGHT])
+        save_file(held, file, {"format": "pt"})
+
+    return damage
+
+
+@cases(
+    {
+        "no-number": value(lambda weight: weight.index_fill(0, torch.tensor([3]), float("nan"))),
+        "infinite": value(lambda weight: weight.index_fill(0, torch.tensor([3]), float("-inf"))),
+        "too-large-for-half": value(lambda weight: (weight * 1e9).half()),
+        "integers": value(lambda weight: (weight * 100).to(torch.int8)),
+        "flags": value(lambda weight: weight > 0),
+        "complex": value(lambda weight: torch.complex(weight, weight)),
+    }
+)
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_values_of_weights(copied: Path, damage: Damage) -> None:
+    for name in ("teacher", "hybrid"):
+        damage(copied / name / WEIGHTS)
+        said = refused("generate", copied / name, "--prompt", "a")
+        assert str(copied / name) in said and WEIGHT in said
+    out = copied / "earlier.json"
+    out.write_text("[]")
+    options = ("--case", "prefill", "--size", 16, "--device", "cpu", "--out", out)
+    assert WEIGHT in refused("bench", "model", "--model", copied / "teacher", *options)
+    assert out.read_text() == "[]"
+
+
 @cases(INDEXES)
 def test_indexes(copied: Path, damage: Damage) -> None:
     (copied / "teacher" / WEIGHTS).unlink()
@@ -375,6 +413,10 @@ def test_indexes(copied: Path, damage: Damage) -> None:
     damage(file)
     said = refused("inspect", copied / "teacher")
     assert str(file) in said or "model-00001-of-00002.safetensors" in said
+
+
+def test_a_prompt_that_is_no_text(copied: Path) -> None:
+    assert "--prompt: is not UTF-8" in refused("generate", copied / "teacher", "--prompt", "caf\udce9")
 
 
 @cases(TOKENIZER)

@@ -328,6 +328,14 @@ def test_export(work, tmp_path, number, kind):
     assert os.listdir(tmp_path) == [out.name]
 
 
+# The program, with scores for its demo that take no time.
+HASTY = """
+from hydrasurgery.cli import main
+from hydrasurgery.demo import run
+from hydrasurgery.selection import score_heads
+run.score_heads = lambda *models, **_: score_heads(*models, method="reconstruction", length=64, count=1)
+main()
+"""
 MOMENTS = [
     *(("starting", number) for number in WORDS),
     *((moment, number) for moment in ("loading", "training") for number in ENDS),
@@ -337,7 +345,7 @@ MOMENTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "number"), MOMENTS, ids=lambda value: getattr(value, "name", value))
 def test_the_demos_workers_end_with_it(tmp_path, number, moment):
-    process = start("demo", "--quick", "--out", tmp_path / "demo")
+    process = start(HASTY, "demo", "--quick", "--out", tmp_path / "demo", own=True)
     wait_for(lambda: process.poll() is not None or (tmp_path / "demo" / "plan.json").exists())
     wait_for(lambda: len(alive(process.pid)) >= 3)  # the program, its tracker of resources and a worker
     if moment == "loading":

@@ -254,6 +254,8 @@ def test_no_output_overwrites_an_input_or_another_output(work, tmp_path):
         ("eval", teacher, "--out", teacher / "tokenizer.json"),
         ("eval", here / "hybrid", "--teacher", teacher, "--out", teacher / "config.json"),
         ("bench", "fusion-forward", "--device", "cpu", "--out", here / "b", "--plot", here / "b"),
+        ("bench", "model", "--model", teacher, "--device", "cpu", "--out", teacher / "config.json"),
+        ("bench", "model", "--model", teacher, "--device", "cpu", "--plot", teacher / WEIGHTS),
         ("rewrite", here / "hybrid", "--plan", plan, "--out", here / "hybrid"),
         ("rewrite", teacher, "--plan", here / "hybrid" / "config.json", "--out", here / "hybrid"),
         ("rewrite", teacher, "--plan", plan, "--out", here / "soft"),
@@ -406,6 +408,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(t
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(work, tmp_path):
     bad = [path for path in bad_files(tmp_path) if Path(path).name != "folder"] + [tmp_path / "file", "/dev/null", ".."]
+    bad.append("caf\udce9")  # a name in Latin-1, as Python has it, which safetensors cannot write
     before = contents(tmp_path)
     none = tmp_path / "none"
     for out in bad:
@@ -415,11 +418,32 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(work,
             ("demo", "--out", out),
         ):
             line = fail(*command)
-            assert line.startswith(f"{out or '.'}"), line
+            assert line.startswith(f"{out or '.'}".encode(errors="backslashreplace").decode()), line
             assert str(none) not in line
     assert contents(tmp_path) == before
     for out in ("x.onnx", "x.pt2"):
         assert "cannot be written" in fail("export", none, "--out", tmp_path / "file" / out)
+        assert "is not UTF-8" in fail("export", none, "--out", tmp_path / f"caf\udce9{out}")
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.SVG", "a.b.jpg"])
+def test_a_name_of_another_kind_of_picture_is_refused(work, tmp_path, name):
+    for command in (
+        ("score", tmp_path / "none", "--out", tmp_path / "s", "--plot", tmp_path / name),
+        ("plan", "--scores", work / "scores.json", "--out", tmp_path / "s", "--plot", tmp_path / name),
+        ("plot", work / "scores.json", "--out", tmp_path / name),
+        ("bench", "--device", "cpu", "--plot", tmp_path / name),
+    ):
+        assert "drawn as PNG" in fail(*command)
+    with pytest.raises(OutputError, match="drawn as PNG"):
+        draw_plan(hs.Plan.load(work / "plan.json"), tmp_path / name)
+    assert not contents(tmp_path)
+
+
+def test_no_hybrid_is_its_own_teacher(work, tmp_path):
+    (tmp_path / "link").symlink_to(work / "hybrid")
+    options = ("--data", work / "data.txt", "--recipe", work / "recipe.json", "--out", tmp_path / "run")
+    assert "hybrid and teacher in one" in fail("distill", work / "hybrid", "--teacher", tmp_path / "link", *options)
 
 
 def test_a_disk_is_no_file(tmp_path):
@@ -445,6 +469,25 @@ def test_a_measurement_that_cannot_be_saved_is_printed(work, tmp_path):
             assert json.loads(result.stdout) == json.loads(kept[name])
             assert f"{tmp_path / name}: cannot be written" in result.stderr
     assert contents(tmp_path) == kept
+
+
+def test_an_encoding_that_lacks_characters_loses_no_output(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "iso8859-5")
+    plan = ("plan", "--scores", work / "scores.json", "--ratio", "1:1", "--out", tmp_path / "plan.json")
+    process = start(*plan)
+    out, error = process.communicate()
+    assert (process.returncode, error) == (0, "")
+    assert "\\u2588" in out and "At 32,768 tokens" in out
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**62)],
+    ids=["of-torch", "of-python"],
+)
+def test_a_lack_of_memory_is_told_in_a_line(tmp_path, monkeypatch, failing):
+    monkeypatch.setattr("hydrasurgery.cli.models.load_model", lambda *args: failing())
+    assert fail("inspect", tmp_path).startswith("out of memory")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:x", "", "gpu:0"])
