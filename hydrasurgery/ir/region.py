@@ -400,7 +400,8 @@ class RegionModule(nn.Module):
         if self._threaded:
             state = layer_state(bound.get(self._inputs.cache) if self._inputs.cache else None, self)
             values.append(state)
-            step = self._run_step if fast else self._run_decode
+            # A compiler makes fewer launches of the plain graph by itself.
+            step = self._run_step if fast and not torch.compiler.is_compiling() else self._run_decode
             if step is not None and self._continues(state, values[self._hidden]):
                 return step(self, *values)
         return (self._run_fast if fast else self._run)(self, *values)
