@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,13 +13,16 @@ from safetensors import SafetensorError, safe_open
 
 from hydrasurgery.decoders import vocabulary_size
 from hydrasurgery.errors import CheckpointError, HydraError, TokenizerError
+from hydrasurgery.gguf_files import check_gguf, is_gguf, load_gguf
 from hydrasurgery.json_files import load_json, shown
+from hydrasurgery.quantized import method
 from hydrasurgery.records import Bounds, read_value
 from hydrasurgery.trust import check_config, shard_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 JSON_FILES = ("config.json", "generation_config.json", INDEX)
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -37,10 +41,10 @@ SIZES = {
 
 
 def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Load a decoder or a hybrid in eval mode, from safetensors only; no code of the checkpoint is run.
+    """Load a decoder or a hybrid in eval mode, from safetensors or GGUF; no code of the checkpoint is run.
 
     Args:
-        path: a local folder, or the name of a model on the hub.
+        path: a local folder, the name of a model on the hub, or a .gguf file, whose weights are dequantised.
         dtype: of the weights; "auto" takes the checkpoint's own.
 
     Raises:
@@ -52,6 +56,11 @@ def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
 
     check_files(path)
     name = os.fspath(path)
+    if is_gguf(path):
+        plain, report = load_gguf(path, dtype)
+        _check_report(name, report)
+        _check_numbers(name, plain)
+        return plain.eval()
     options: Any = {"trust_remote_code": False}
     try:
         if not Path(path).is_dir():
@@ -79,6 +88,8 @@ def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
     _check_report(name, report)
     _check_stored(path, model)
     _check_numbers(name, model)
+    if (quantiser := method(model)) is not None:
+        logger.warning("%s: is quantised by %s; its weights stay so, and what a rewrite adds is plain", name, quantiser)
     return model.eval()
 
 
@@ -94,11 +105,15 @@ def load_tokenizer(path: str | os.PathLike[str], model: Any = None) -> PreTraine
     from transformers import AutoTokenizer
 
     name = os.fspath(path)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
+    if is_gguf(path):
+        check_gguf(path)
+        source = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
     if Path(path).is_dir() and not any(next(Path(path).glob(pattern), None) for pattern in TOKENIZER_FILES):
         # transformers would make up an empty tokenizer of the model's family
         raise TokenizerError(f"{name}: holds no tokenizer; save one there with tokenizer.save_pretrained")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
         raise TokenizerError(
             f"{name}: no tokenizer can be loaded from it ({error}); save one there with tokenizer.save_pretrained"
@@ -113,15 +128,20 @@ def load_tokenizer(path: str | os.PathLike[str], model: Any = None) -> PreTraine
 
 
 def check_files(path: str | os.PathLike[str]) -> None:
-    """Read the headers of a local folder's weights and its JSON files; a name that is no folder is the hub's matter.
+    """Read the headers of a local folder's weights and its JSON files, or of a .gguf file; any other name is the hub's matter.
 
     Raises:
         CheckpointError: naming the first file that is missing, truncated or not JSON, or asks for code to be run.
     """
     folder, name = Path(path), os.fspath(path)
+    if is_gguf(path):
+        check_gguf(path)
+        return
     if not folder.is_dir():
         if folder.exists() or not HUB_NAME.fullmatch(name):
-            raise CheckpointError(f"{name}: no such folder; give a folder that save_pretrained wrote, or a hub name")
+            raise CheckpointError(
+                f"{name}: no such folder; give a folder that save_pretrained wrote, a .gguf file, or a hub name"
+            )
         return
     values = {file: _object(folder / file) for file in JSON_FILES if (folder / file).exists()}
     if "config.json" not in values:

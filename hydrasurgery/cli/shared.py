@@ -13,7 +13,9 @@ from hydrasurgery.json_files import shown
 if TYPE_CHECKING:
     from rich.console import Console
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a model, or its name on the hub.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder with a model, its name on the hub, or a .gguf file.")
+]
 LONGEST = 10**8  # tokens of a sequence
 TOKENS = 2**32  # of all sequences of a length, which are made at once
 Length = Annotated[
