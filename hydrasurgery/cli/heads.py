@@ -36,6 +36,9 @@ def score(
         str, typer.Option(help="activation-patching, attribution-patching, path-patching, mean-ablation, swap, ...")
     ] = "activation-patching",
     probes: Annotated[str, typer.Option(help="needle-1, needle-4, variables, facts, sums.")] = "needle-1,needle-4",
+    stability: Annotated[
+        bool, typer.Option("--stability", help="Also print how far the ranking depends on the number of pairs.")
+    ] = False,
     device: Device = AUTO,
 ) -> None:
     """Measure how much each head matters, by default for retrieval.
@@ -52,6 +55,8 @@ def score(
     with shown_if_lost(scores.to_json):
         scores.save(out)
     typer.echo(str(scores))
+    if stability:
+        typer.echo(f"\n{scores.stability()}")
     if plot is not None:
         scores.plot(plot)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,9 +11,8 @@ import numpy as np
 from hydrasurgery.dialect.names import FULL
 from hydrasurgery.errors import PlanError
 from hydrasurgery.plan import Plan
+from hydrasurgery.selection.ranks import jaccard, spearman, top
 from hydrasurgery.selection.scores import HeadScores
-
-SHARE = 1 / 8  # of the heads, that scores are taken to choose
 
 
 @dataclass(frozen=True)
@@ -76,25 +74,6 @@ def compare(items: Mapping[str, Plan | HeadScores]) -> Comparison:
     )
 
 
-def jaccard(a: set[int], b: set[int]) -> float:
-    """|A and B| / |A or B|; 1 for two empty sets."""
-    return len(a & b) / len(a | b) if a | b else 1.0
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the ranks [N], equal values sharing their mean rank; NaN where one has a single rank."""
-    x, y = _ranks(a), _ranks(b)
-    if not x.std() or not y.std():
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
 def _values(item: Plan | HeadScores) -> np.ndarray:
     if isinstance(item, Plan):
         return np.array([kind == FULL for layer in item.layers for kind in layer.kinds], dtype=float)
@@ -104,4 +83,4 @@ def _values(item: Plan | HeadScores) -> np.ndarray:
 def _chosen(item: Plan | HeadScores, values: np.ndarray) -> set[int]:
     if isinstance(item, Plan):
         return set(np.flatnonzero(values).tolist())
-    return set(np.argsort(-values, kind="stable")[: math.ceil(SHARE * len(values))].tolist())
+    return top(values)

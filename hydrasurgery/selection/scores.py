@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+
 from hydrasurgery.errors import DataError
 from hydrasurgery.files import atomic_write_text, json_lines
 from hydrasurgery.json_files import load_json, parse_json, shown
 from hydrasurgery.plan import MOST, UNITS, Heads, ModelInfo, Width, Words, layer_shape
 from hydrasurgery.records import Bounds, Count, Name, Positive, Seed, read_record
 from hydrasurgery.selection.plots import draw_coverage, draw_heat_maps, draw_histogram
+from hydrasurgery.selection.ranks import SHARE
+from hydrasurgery.selection.stability import Stability, stability
 
 FORMAT, VERSION = "hydrasurgery-scores", 1
 CRITICAL = 0.01  # paper section 2: an effect above this counts
@@ -170,6 +174,40 @@ class HeadScores:
         lines = {"heads": values, "KV groups": [sum(heads) for row in groups for heads in row]}
         return draw_coverage(lines, f"share of {label}", path)
 
+    def stability(self, *others: HeadScores, share: float = SHARE) -> Stability:
+        """How far the ranking of heads depends on what it was measured on; `print` shows the table.
+
+        By number of pairs: two draws of as many pairs each that have none in common, many times. By length, where there are
+        several. By seed, where `others` are given.
+
+        Args:
+            others: The same measured with other seeds.
+            share: Of the heads, that count as the top ones.
+
+        Raises:
+            DataError: The method keeps no score of each pair, or `others` are of another method or of other heads.
+
+        Example:
+            >>> import hydrasurgery as hs
+            >>> from hydrasurgery.demo.teacher import load_teacher
+            >>> scores = hs.score_heads(*load_teacher(), length=48, count=4, progress=False)
+            >>> [row.what for row in scores.stability().rows]
+            ['1 pairs / 1 others', '2 pairs / 2 others']
+        """
+        if not 0 < share < 1:
+            raise DataError(f"share={share!r} is no share of the heads; give one between 0 and 1.")
+        if not all(layer.samples for layer in self.layers):
+            raise DataError(f"method {self.method!r} keeps no score of each pair, whose stability could be told.")
+        for other in others:
+            if (other.method, _shape(other)) != (self.method, _shape(self)):
+                raise DataError(
+                    f"scores by {other.method} of {len(other.layers)} layers are not those of the same heads and method."
+                )
+        samples = np.concatenate([np.array(layer.samples) for layer in self.layers], axis=1)
+        lengths = [int(task.rpartition("@")[2]) for task in self.tasks if task.rpartition("@")[2].isdigit()]
+        theirs = [np.concatenate([layer.importance for layer in other.layers]) for other in others]
+        return stability(samples, lengths if len(lengths) == len(samples) else [], theirs, share=share)
+
     def __str__(self) -> str:
         critical = sum(value > CRITICAL for layer in self.layers for value in layer.importance)
         total = sum(layer.num_heads for layer in self.layers)
@@ -189,6 +227,10 @@ class HeadScores:
                 f"{layer:>5}  {head:>4}  {scores.importance[head]:>10.4f}  {scores.spread[head]:>6.4f}  {error:>6}"
             )
         return "\n".join(lines)
+
+
+def _shape(scores: HeadScores) -> list[int]:
+    return [layer.num_heads for layer in scores.layers]
 
 
 def _check_layer(layer: LayerScores, where: str) -> None:
