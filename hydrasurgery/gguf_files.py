@@ -74,7 +74,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | str) -> tuple[P
     kinds, name, where = check_gguf(path), os.fspath(path), Path(path)
     dtype = torch.float32 if dtype == "auto" else dtype
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(where.parent), gguf_file=where.name, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # a file may name any architecture
@@ -82,6 +82,7 @@ def load_gguf(path: str | os.PathLike[str], dtype: torch.dtype | str) -> tuple[P
             f"{name}: cannot be loaded as a model ({type(error).__name__}: {error}); convert it to safetensors with the tool it "
             "was made with, or give another file"
         ) from error
+    model, report = loaded
     keep_plain(model)
     model.config.name_or_path = model.name_or_path = name
     listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())

@@ -239,6 +239,41 @@ def test_the_kernels_of_gates_compute_it(mask, heads, columns):
     same(list(have), list(want), 1e-4, 1e-5)
 
 
+# --- on a GPU -----------------------------------------------------------------------------------------------------------------
+
+
+def held(x: Inputs, dtype: torch.dtype, device: str) -> Inputs:
+    """The same in another dtype, states and rates in float32, and on a device."""
+    wide = ("state", "A_log", "dt_bias")
+
+    def one(name: str, t: Tensor | None) -> Tensor | None:
+        if t is None or not t.is_floating_point():
+            return None if t is None else t.to(device)
+        kind = torch.float32 if name in wide and dtype != torch.float64 else dtype
+        return t.detach().to(device, kind).requires_grad_(t.requires_grad)
+
+    return Inputs(*map(one, Inputs._fields, x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [given for given in CASES if given.get("full", 1) == 1], ids=str)
+def test_a_gpu_is_no_further_from_the_truth_than_a_cpu(given, dtype):
+    """Rows whose norm is nearly 0 lose all digits in bf16, on any machine: so the CPU's own error in that dtype is the measure."""
+    x, options = case(**given)
+    low = held(x, dtype, "cpu")
+    exact = held(low, torch.float64, "cpu")
+    truth = with_grads(apart(exact, **options), exact)
+    here, there = (with_grads(results(y, options), y) for y in (low, held(low, dtype, "cuda")))
+    floor = 2e-5 if dtype == torch.float32 else 2e-2
+    for place, (want, cpu, gpu) in enumerate(zip(truth, here, there, strict=True)):
+        if want is not None:
+            want = want.detach()
+            size = want.norm().clamp(min=1e-9)
+            errors = [float((y.detach().cpu().double() - want).norm() / size) for y in (cpu, gpu)]
+            assert errors[1] < 2 * errors[0] + floor, (place, errors)
+
+
 # --- graphs -------------------------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,24 @@ def test_the_kernel_computes_it(given):
         assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("given", CASES, ids=str)
+def test_a_gpu_computes_it(given, dtype, bound):
+    inputs, options = case(**given)
+    low = copied(inputs, dtype)
+    for place in (6, 7, 13):  # rates and the recurrent state
+        low[place] = low[place].float()
+    wide, card = copied(low, torch.float64), moved(low)
+    wanted, found = reference.forward_heads(*wide, **options), STEP_HEADS(*card, **options)
+    for one, other in zip([found, card[13], *card[14]], [wanted, wide[13], *wide[14]], strict=True):
+        assert (one.cpu().double() - other).norm() < bound * other.norm()
+
+
+def moved(x: Any) -> Any:
+    return [moved(each) for each in x] if isinstance(x, list) else x.cuda() if isinstance(x, Tensor) else x
+
+
 @pytest.mark.parametrize("given", [{}, {"full": 0, "taps": 0, "gated": False}, {"flags": True, "values": 5}], ids=str)
 def test_its_promises_hold(given):
     inputs, options = case(**given)
@@ -118,6 +136,11 @@ def test_heads_are_rotated(kernel, turn, turned, rows):
             assert all(torch.allclose(y.double(), want, atol=1e-5) for y, want in zip(found, wanted, strict=True))
         else:
             assert all(map(torch.equal, ROTATE(xs, cos, sin, turn), wanted))
+            if torch.cuda.is_available():
+                found = ROTATE([x.cuda().float() for x in xs], cos.cuda().float(), sin.cuda().float(), turn)
+                assert all(
+                    torch.allclose(y.cpu().double(), want, atol=1e-5) for y, want in zip(found, wanted, strict=True)
+                )
             torch.library.opcheck(ROTATE, (xs, cos, sin, turn), test_utils=("test_schema", "test_faketensor"))
 
 
