@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from hydrasurgery.cli.demonstration import demo
-from hydrasurgery.cli.heads import compare, plan, plot, score
+from hydrasurgery.cli.heads import audit, compare, plan, plot, score
 from hydrasurgery.cli.machine import bench, kernels
 from hydrasurgery.cli.models import distill, evaluate, export, generate, inspect, rewrite
 from hydrasurgery.cli.signals import told
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "score": score,
     "plan": plan,
+    "audit": audit,
     "compare": compare,
     "plot": plot,
     "rewrite": rewrite,

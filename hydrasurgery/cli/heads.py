@@ -148,6 +148,31 @@ def compare(
     typer.echo(str(measure({str(file): load(file) for file in files})))
 
 
+def audit(
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="The plan that is audited.")],
+    probes: Annotated[str, typer.Option(help="Capabilities: needle-1, needle-4, variables, facts, sums.")] = "",
+    randoms: Annotated[int, typer.Option(min=0, max=1000, help="Random plans of the same size to compare with.")] = 3,
+    length: Length = None,
+    count: Count = 8,
+    seed: Seed = 0,
+    device: Device = AUTO,
+) -> None:
+    """Tell what a plan drops, before any training: what is left of each capability with its linear heads as stand-ins.
+
+    Example: hydrasurgery audit Qwen/Qwen3-0.6B --plan plan.json --length 1024
+    """
+    from hydrasurgery.evaluation.probes import PROBES
+    from hydrasurgery.selection.audit import audit as measure
+
+    chosen = Plan.load(plan)
+    names = [name.strip() for name in probes.split(",") if name.strip()] or list(PROBES)
+    teacher = on_device(load_model(model), device)
+    tokenizer = load_tokenizer(model, teacher)
+    options: Any = {"length": length, "count": count, "seed": seed}
+    typer.echo(str(measure(teacher, chosen, tokenizer, probes=names, randoms=randoms, **options)))
+
+
 def plot(
     context: typer.Context,
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="A score file.")],
