@@ -14,7 +14,7 @@ from hydrasurgery.demo import teacher as shipped
 from hydrasurgery.errors import PlanError, ProbeError
 from hydrasurgery.plan import Plan
 from hydrasurgery.selection import audit, probe_pairs
-from hydrasurgery.selection.audit import _shuffled, with_full
+from hydrasurgery.selection.auditing import _shuffled, with_full
 
 FOLDER = Path(shipped.__file__).with_suffix("")
 FEW = {"length": 48, "count": 2, "progress": False}

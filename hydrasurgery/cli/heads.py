@@ -163,7 +163,7 @@ def audit(
     Example: hydrasurgery audit Qwen/Qwen3-0.6B --plan plan.json --length 1024
     """
     from hydrasurgery.evaluation.probes import PROBES
-    from hydrasurgery.selection.audit import audit as measure
+    from hydrasurgery.selection.auditing import audit as measure
 
     chosen = Plan.load(plan)
     names = [name.strip() for name in probes.split(",") if name.strip()] or list(PROBES)

@@ -2,7 +2,7 @@
 
 from hydrasurgery.selection.ablation import ablation_curve
 from hydrasurgery.selection.agreement import compare
-from hydrasurgery.selection.audit import audit
+from hydrasurgery.selection.auditing import audit
 from hydrasurgery.selection.formats import read_scores, write_scores
 from hydrasurgery.selection.fusion import confidence, fuse_scores, split_half
 from hydrasurgery.selection.scorers import METHODS
