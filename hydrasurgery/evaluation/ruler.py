@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 from uuid import UUID
 
@@ -96,7 +96,7 @@ def ruler_samples(
         raise DataError(f"ruler: no task {task!r}; choose from {', '.join(RULER)}")
     if chat and not tokenizer.chat_template:
         raise TokenizerError(f"{tokenizer_name(tokenizer)}: has no chat template; leave chat (--chat) out")
-    hay = _Haystack(library_text() if text is None else text)
+    hay = _haystack(text)
     seeds = [*([seed] if isinstance(seed, int) else seed), list(RULER).index(task)]
     return [_sample(tokenizer, task, length, [*seeds, number], hay, chat) for number in range(count)]
 
@@ -131,6 +131,11 @@ class _Haystack:
         """`size` distinct words in a drawn order: the text's, and after them coined ones."""
         known = [self.dictionary[i] for i in rng.permutation(len(self.dictionary)).tolist()][:size]
         return known + _distinct(partial(_codes, rng), size - len(known), set(known))
+
+
+@lru_cache(maxsize=2)
+def _haystack(text: str | None) -> _Haystack:
+    return _Haystack(library_text() if text is None else text)
 
 
 def _sample(
