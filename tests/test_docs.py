@@ -27,7 +27,7 @@ from tests.families import tiny
 from tests.test_layout import ROOT, files
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-DOCUMENTS = ("README.md", "docs/export.md", "docs/layer.md", "docs/selection.md")
+DOCUMENTS = ("README.md", "docs/evaluation.md", "docs/export.md", "docs/layer.md", "docs/selection.md")
 LIMIT = 48  # tokens: what the README's model says that it takes, so that probes of the default length are short
 
 # --- examples ---------------------------------------------------------------------------------------------------------
@@ -156,6 +156,7 @@ def given_export() -> dict[str, Any]:
 
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": given_readme,
+    "docs/evaluation.md": dict,
     "docs/export.md": given_export,
     "docs/layer.md": given_layer,
     "docs/selection.md": dict,

@@ -155,30 +155,62 @@ def distill(
 
 
 def evaluate(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(help="The result file to write (JSON).")],
-    teacher: Annotated[str | None, typer.Option(help="A model to measure the divergence from.")] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens a sequence, separated by commas.")] = "256,512,1024",
+    teacher: Annotated[str | None, typer.Option(help="A model to measure too, or the divergence from it.")] = None,
+    suite: Annotated[str, typer.Option(help="own (recall, perplexity, divergence) or ruler (RULER's tasks).")] = "own",
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens a sequence, separated by commas; by default 256,512,1024, and 4096 of ruler."),
+    ] = None,
     count: Count = 32,
     seed: Seed = 0,
+    text: Annotated[Path | None, typer.Option(help="Text to hide things in; by default Python's reference.")] = None,
+    tasks: Annotated[str, typer.Option(help="Of ruler: names separated by commas, or all.")] = "all",
+    chat: Annotated[bool, typer.Option("--chat", help="Of ruler: use the tokenizer's chat template.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Of ruler: prompts at once; by default 65,536 tokens.")
+    ] = None,
     device: Device = AUTO,
 ) -> None:
-    """Measure exact recall, perplexity and, with a teacher, the divergence from it, at several lengths.
+    """Measure exact recall, perplexity and, with a teacher, the divergence from it; or RULER's tasks; at several lengths.
 
     Example: hydrasurgery eval run/model --teacher Qwen/Qwen3-0.6B --lengths 1024,4096 --out result.json
     """
+    from hydrasurgery.evaluation import encode_text, evaluate_ruler, load_text
     from hydrasurgery.evaluation import evaluate as measure
 
-    sizes = _lengths(lengths, count)
-    check_outputs([model, teacher], files=[out])
+    if suite not in ("own", "ruler"):
+        raise typer.BadParameter(f"--suite {shown(suite)}: give own or ruler")
+    ruler = suite == "ruler"
+    if not ruler:
+        refuse(context, ["tasks", "chat", "batch_size"], "only counts with --suite ruler")
+    chosen = _tasks(tasks)
+    sizes = _lengths(lengths or ("4096" if ruler else "256,512,1024"), count)
+    check_outputs([model, teacher, text], files=[out])
+    words = None if text is None else load_text(text)
     decoder = on_device(load_model(model), device)
     tokenizer = load_tokenizer(model, decoder)
     reference = None if teacher is None else on_device(load_model(teacher), device)
-    results = measure(decoder, tokenizer, sizes, count=count, seed=seed, teacher=reference)
-    settings = {"model": model, "teacher": teacher, "lengths": sizes, "count": count, "seed": seed}
+    settings: dict[str, Any] = {"model": model, "teacher": teacher, "lengths": sizes, "count": count, "seed": seed}
+    if text is not None:
+        settings["text"] = str(text)
+    results: dict[str, Any]
+    if ruler:
+        settings |= {"suite": suite, "tasks": chosen, "chat": chat}
+        models = {"model": decoder} | ({} if reference is None else {"teacher": reference})
+        options: dict[str, Any] = {"tasks": chosen, "count": count, "seed": seed, "text": words, "chat": chat}
+        results = evaluate_ruler(models, tokenizer, sizes, batch_size=batch_size, **options)
+    else:
+        ids = None if words is None else encode_text(tokenizer, words)
+        results = measure(decoder, tokenizer, sizes, count=count, seed=seed, text_ids=ids, teacher=reference)
     found = {**settings, "results": results}
     with shown_if_lost(lambda: json_text(found)):
         atomic_write_json(out, found)
+    if ruler:
+        _print_ruler(results, chosen, sizes, count)
+        return
     for name, values in results.items():
         typer.echo(f"{name:<12}" + "".join(f"{at:>10} {value:<10.4g}" for at, value in values.items()))
 
@@ -304,6 +336,31 @@ def _lengths(text: str, count: int) -> list[int]:
             f"--lengths {shown(text)}: {count:,} sequences of {max(sizes):,} tokens are more than {TOKENS:,} tokens; give fewer"
         )
     return sizes
+
+
+def _tasks(text: str) -> list[str]:
+    from hydrasurgery.evaluation import RULER
+
+    names = list(RULER) if text == "all" else [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in RULER:
+            raise typer.BadParameter(f"--tasks {shown(name)}: is no task; give all, or some of {', '.join(RULER)}")
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"--tasks {shown(text)}: a task stands there twice")
+    return names
+
+
+def _print_ruler(results: dict[str, Any], tasks: list[str], sizes: list[int], count: int) -> None:
+    from rich.table import Table
+
+    table = Table(title="RULER: share of the references that an answer holds, mean over samples")
+    for heading in ("task", "tokens", "samples", *results):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task in tasks:
+        for size in sizes:
+            scores = (f"{found[task][str(size)]:.3f}" for found in results.values())
+            table.add_row(task, f"{size:,}", f"{count:,}", *scores)
+    wide_console().print(table)
 
 
 def _rows(tokenizer: Any, text: str, model: Any, path: Path | None) -> Tensor:

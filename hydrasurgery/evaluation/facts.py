@@ -88,14 +88,14 @@ class SentenceWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         rng = np.random.default_rng(0)
-        tries = [self._try(word, *_two_numbers(rng)) for word in _WORDS[:32]]
+        tries = [self._try(word, *_two_numbers(rng)) for word in WORDS[:32]]
         lengths = Counter(len(fact.value) for fact in tries if fact is not None)
         self.value_length = lengths.most_common(1)[0][0] if lengths else 0
 
     def facts(self, count: int, rng: np.random.Generator) -> list[Fact]:
-        if count > len(_WORDS):
-            raise DataError(f"{count} keys asked for, but there are {len(_WORDS)} words to name them; ask for fewer")
-        words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[:count]]
+        if count > len(WORDS):
+            raise DataError(f"{count} keys asked for, but there are {len(WORDS)} words to name them; ask for fewer")
+        words = [WORDS[i] for i in rng.permutation(len(WORDS))[:count]]
         taken: set[tuple[int, ...]] = set()
         facts = []
         for word in words:
@@ -179,7 +179,7 @@ def _two_numbers(rng: np.random.Generator) -> tuple[str, str]:
     return "".join(map(str, digits[:, 0])), "".join(map(str, digits[:, 1]))
 
 
-_WORDS = """
+WORDS = """
     anchor apple arrow basket beacon bicycle blanket bottle bridge bronze butter button cabin camera candle canyon
     carpet castle cellar circle cloud coffee copper corner cotton cradle crystal desert diamond dolphin dragon
     eagle engine falcon feather fence fiddle forest fountain garden ginger glacier grape hammer harbor helmet

@@ -165,7 +165,7 @@ def evaluate(
     makers["perplexity"] = lambda n: plain_text(tokenizer, n, count, seed, text_ids=text_ids)
     results: dict[str, dict[str, float]] = {name: {} for name in (*makers, "chance")}
     divergence: dict[str, list[float]] = {}
-    with _bar(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task("evaluate", total=len(makers) * len(lengths), note="")
         for length in lengths:
             for name, make in makers.items():
@@ -251,6 +251,7 @@ def _windows(token_ids: Tensor, window: int) -> Tensor:
     return token_ids
 
 
-def _bar(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> Progress:
+    """A bar on standard error, with a note beside it (`update(..., note=...)`), if `shown`."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not shown)
