@@ -301,8 +301,7 @@ def kernel_modules() -> list[str]:
     return [f"{kernels.__name__}.{path.parent.name}.{path.stem}" for path in paths]
 
 
-def check(modules: list[str]) -> tuple[bool, str]:
-    """Whether all kernels of these modules compile, and what there is to say."""
+def main(modules: list[str]) -> None:
     os.environ["DISABLE_LLVM_OPT"] = "1"  # LLVM's optimiser takes whatever is LLVM
     triton.knobs.compilation.disable_line_info = True  # messages name the line without it
     noted = [request for capability in SHARED for request in requests(capability, modules)]
@@ -311,23 +310,12 @@ def check(modules: list[str]) -> tuple[bool, str]:
         message = failure(request)
         if message is not None:
             failures.setdefault((request.module, request.name, message), []).append(request)
-    missing = forgotten(noted, modules)  # what is only called by other kernels is compiled as a part of them
-    said = [f"{alike[0]}, and {len(alike) - 1} more:\n{message}\n" for (_, _, message), alike in failures.items()]
-    said += [*missing, f"{len(noted)} compilations, {sum(map(len, failures.values()))} failures"]
-    return not (failures or missing), "\n".join(said)
-
-
-def serve() -> None:
-    """Answer each line of names of modules with a line of JSON."""
-    for line in sys.stdin:
-        print(json.dumps(check(line.split())), flush=True)
-
-
-def main(modules: list[str]) -> None:
-    fine, said = check(modules)
-    print(said)
-    sys.exit(not fine)
+    missing = forgotten(noted, modules)
+    for (_, _, message), alike in failures.items():
+        print(f"{alike[0]}, and {len(alike) - 1} more:\n{message}\n")
+    print(*missing, f"{len(noted)} compilations, {sum(map(len, failures.values()))} failures", sep="\n")
+    sys.exit(bool(failures or missing))  # what is only called by other kernels is compiled as a part of them
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["-"] else main(sys.argv[1:] or kernel_modules())
+    main(sys.argv[1:] or kernel_modules())
