@@ -28,7 +28,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *args: Any, *
         kernel[grid](*args, **constants)
         return
     kind = (
-        id(kernel), first.device, *constants.values(),
+        id(kernel), first.device, *constants.items(),
         *[(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else _number(x) for x in args],
     )  # fmt: skip
     found = _READY.get(kind)

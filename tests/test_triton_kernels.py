@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import product
 
 import pytest
 import torch
@@ -298,3 +299,20 @@ def test_a_query_that_sees_nothing_gives_nothing():
     lowest = torch.full((1, 1, 1, 130), torch.finfo(torch.float32).min, device=DEVICE)
     found = kernel("attention").forward(q, k, v, lowest, None, **options)
     torch.testing.assert_close(found[0, 0], v[0].mean(1).expand(2, 16))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_calls_of_another_kind_find_kernels_of_their_own():
+    """Aligned or not, of 1, 16 or 17 numbers, in two dtypes, with and without a table a row; each kind twice."""
+    from hydrasurgery.kernels.rotary import rotate
+    from hydrasurgery.kernels.rotate import triton as kernel
+
+    kinds = product((torch.float32, torch.bfloat16), (1, 16, 17), (1, 2), (0, 1))
+    for dtype, length, rows, shift in kinds:
+        size = 2 * 3 * length * 8
+        for _ in range(2):
+            x = torch.randn(size + 1, device="cuda", dtype=dtype)[shift : size + shift].view(2, 3, length, 8)
+            cos, sin = torch.randn(2, rows, 1, length, 8, device="cuda", dtype=dtype)
+            (found,) = kernel.forward([x], cos, sin, turn="half")
+            wanted = rotate(x.double(), cos.double(), sin.double(), "half")
+            assert torch.allclose(found.double(), wanted, atol=1e-5 if dtype == torch.float32 else 5e-2)
