@@ -1,8 +1,8 @@
 """The operators that region graphs are written in, as functions that check shapes and say what is wrong.
 
 There are four pure ones, one that does the work of several at once (`decode_step`, for one token), two that count and look up
-tokens, and two helpers on heads and masks. GPUs run others instead, without compilers: `hydra::linear_heads` for many tokens, made of the
-kernels of these, and for one token `hydra::step_heads` and `hydra::rotate`.
+tokens, and two helpers on heads and masks. GPUs run others in their place, made of the same kernels: `hydra::linear_heads` for many
+tokens, and for one, where nothing compiles, `hydra::step_heads` and `hydra::rotate`.
 
 An operator is `torch.ops.hydra.<name>`, in a file of its own in `hydrasurgery.dialect`: a schema, a fake kernel, an analytic
 backward that is an operator too (`hydra::<name>_backward`; decoding, counting and looking up have none), and kernels in
